@@ -1,0 +1,1 @@
+"""What everyone can look up: keys, signed expiring records, the store and the directory."""

@@ -1,0 +1,1 @@
+"""One running process: configuration, transport, services, compute, the span of a model and its caches."""
