@@ -1,0 +1,119 @@
+"""One hop's side of an inference session: which messages are legal now, and what is still to be computed or sent.
+
+A hop keeps everything it put out (`OutputLog`), so that a replaced neighbour is refilled from here and not through the
+client; whoever receives drops what it has already computed. The two together make every resend harmless: outputs depend
+on the inputs alone, so a position means the same bytes whoever sends it and however often.
+
+    previous hop --Step/NextToken--> accept() -> compute -> log.append() -> log.pending() --> next hop
+
+Ring: pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from mycel.protocols.errors import LocalProtocolError, RemoteProtocolError
+from mycel.protocols.messages import OpenHop, PeerAddress, Relink
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Output(Generic[T]):
+    """What the hop put out for positions [position, position + count)."""
+
+    position: int
+    count: int
+    value: T
+
+
+@dataclass(slots=True)
+class OutputLog(Generic[T]):
+    """All outputs of the session, in order and without gaps; `cursor` says what the current link has been given."""
+
+    outputs: list[Output[T]] = field(default_factory=list)
+    cursor: int = 0
+
+    def append(self, position: int, count: int, value: T) -> None:
+        if self.outputs and position != self.outputs[-1].position + self.outputs[-1].count:
+            raise LocalProtocolError(f"output for position {position} leaves a gap")
+        self.outputs.append(Output(position, count, value))
+
+    def pending(self) -> Output[T] | None:
+        """The next output that the current link has not been given, or None."""
+        return self.outputs[self.cursor] if self.cursor < len(self.outputs) else None
+
+    def given(self) -> None:
+        """The link took the pending output. (Whoever is unsure gives it again: the receiver skips what it has.)"""
+        self.cursor += 1
+
+    def rewind(self) -> None:
+        """The link is new: everything has to be given again."""
+        self.cursor = 0
+
+
+@dataclass(slots=True)
+class HopMachine:
+    """The rules of one hop. `position` counts the inputs accepted so far."""
+
+    opening: OpenHop
+    n_blocks: int
+    position: int = 0
+    previous: PeerAddress = field(init=False)
+    next: PeerAddress = field(init=False)
+
+    def __post_init__(self) -> None:
+        o = self.opening
+        if not o.start < o.end <= self.n_blocks:
+            raise RemoteProtocolError(f"blocks {o.start}:{o.end} of a model with {self.n_blocks}")
+        if self.is_first != bool(o.prompt):
+            raise RemoteProtocolError("a prompt belongs to the first hop, and to it alone")
+        if self.is_last != (o.generation is not None):
+            raise RemoteProtocolError("sampling belongs to the last hop, and to it alone")
+        if o.generation is not None and not 0 < len(o.generation.tokens) < o.generation.max_position <= o.max_tokens:
+            raise RemoteProtocolError("the generation does not fit the session's max_tokens")
+        if o.generation is not None and self.is_first and o.generation.tokens != o.prompt:
+            raise RemoteProtocolError("the prompt is not what the generation goes on from")
+        if len(o.prompt) >= o.max_tokens:
+            raise RemoteProtocolError(f"a prompt of {len(o.prompt)} tokens in a session of {o.max_tokens}")
+        self.previous, self.next = o.previous, o.next
+
+    @property
+    def is_first(self) -> bool:
+        return self.opening.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.opening.end == self.n_blocks
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the chain has no other hop: nothing is pushed to anybody."""
+        return self.is_first and self.is_last
+
+    def may_attach(self, peer: str) -> bool:
+        """Whether `peer` may push inputs to this session now."""
+        return peer == self.previous.peer
+
+    def accept(self, position: int, count: int) -> int:
+        """Take inputs for [position, position + count): how many of them to skip because they were computed before.
+
+        Raises RemoteProtocolError for a gap or more than max_tokens; the state is then as before.
+        """
+        if count < 1:
+            raise RemoteProtocolError("a step without tokens")
+        if position > self.position:
+            raise RemoteProtocolError(f"input for position {position}, expected {self.position}")
+        if position + count > self.opening.max_tokens:
+            raise RemoteProtocolError(f"position {position + count} in a session of {self.opening.max_tokens} tokens")
+        skip = min(count, self.position - position)
+        self.position += count - skip
+        return skip
+
+    def relink(self, message: Relink) -> bool:
+        """Take the new neighbours; whether `previous` changed, so that whoever is attached must go."""
+        changed = message.previous.peer != self.previous.peer
+        self.previous, self.next = message.previous, message.next
+        return changed

@@ -1,0 +1,230 @@
+"""Every message that Mycel puts on a wire, as frozen typed structs: what is said, not when or to whom.
+
+Limits stand in the types: bytes from outside become one of these in `codec.decode`, or a RemoteProtocolError.
+Positions are token indices; spans are half-open block ranges [start, end); times are seconds.
+
+Ring: pure.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+PeerId = Annotated[str, Meta(min_length=1, max_length=128)]
+Multiaddr = Annotated[str, Meta(min_length=1, max_length=256)]
+Reason = Annotated[str, Meta(max_length=400)]
+Key = Annotated[bytes, Meta(min_length=32, max_length=32)]
+SessionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=1_048_576)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+UnixTime = Annotated[float, Meta(ge=0.0, le=1e11)]
+
+MAX_RECORD_VALUE_BYTES = 4096
+MAX_FILE_CHUNK_BYTES = 1 << 20
+MIN_TEMPERATURE = 1e-6  # logits divided by less leave the range of floats
+
+
+class Message(Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages: an immutable, tagged msgpack array."""
+
+
+class PeerAddress(Struct, frozen=True, array_like=True):
+    """A peer and where it can be dialled (multiaddrs without the peer id)."""
+
+    peer: PeerId
+    addresses: Annotated[tuple[Multiaddr, ...], Meta(max_length=8)] = ()
+
+
+# ---- records ---------------------------------------------------------------------------------------------------
+
+
+class SignedRecord(Struct, frozen=True, array_like=True):
+    """A DHT value: `value` written by `writer` under `key`; the highest `seq` wins; gone at `expires_at`."""
+
+    key: Key
+    writer: PeerId
+    seq: Annotated[int, Meta(ge=0, le=2**62)]
+    expires_at: UnixTime
+    value: Annotated[bytes, Meta(max_length=MAX_RECORD_VALUE_BYTES)]
+    signature: Annotated[bytes, Meta(min_length=64, max_length=64)]
+
+
+class FindRecords(Message, frozen=True):
+    """Ask for the records under `key` and for the peers that the answerer knows to be closest to it."""
+
+    sender: PeerAddress
+    key: Key
+    want_records: bool = True
+
+
+class Found(Message, frozen=True):
+    records: Annotated[tuple[SignedRecord, ...], Meta(max_length=256)]
+    closer: Annotated[tuple[PeerAddress, ...], Meta(max_length=32)]
+
+
+class StoreRecord(Message, frozen=True):
+    sender: PeerAddress
+    record: SignedRecord
+
+
+class Stored(Message, frozen=True):
+    accepted: bool
+    reason: Reason = ""
+
+
+# ---- inference session: client <-> hop, on a stream of its own ------------------------------------------------------
+
+
+class SamplingParams(Struct, frozen=True, array_like=True):
+    """How the last hop chooses a token; temperature 0 is greedy. The choice depends on seed and position alone."""
+
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(ge=1e-3, le=1e3)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
+
+    def __post_init__(self) -> None:
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"a temperature below {MIN_TEMPERATURE} is not distinct from 0, which is greedy")
+
+
+class Generation(Struct, frozen=True, array_like=True):
+    """What the last hop must know: how to sample, where to stop, and every token so far (`tokens`, prompt included).
+
+    It emits the token of each position from len(tokens) up to but excluding `max_position`.
+    """
+
+    sampling: SamplingParams
+    tokens: TokenIds
+    max_position: Count
+    eos_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=64)] = ()
+
+
+class OpenHop(Message, frozen=True):
+    """Client -> hop: take blocks [start, end) of a session of at most `max_tokens` tokens.
+
+    `previous` alone may attach and push inputs; outputs go to `next`. The ring is closed: the first hop's previous is
+    the last hop, which sends it each sampled token. `prompt` is given to the first hop alone (every token so far) and
+    `generation` to the last hop alone. Hops are opened side by side: whoever is pushed to before it knows the session
+    waits a while for it. A client that opens a session anew ends the one of that id before.
+    """
+
+    session: SessionId
+    swarm: Key
+    start: Count
+    end: Count
+    max_tokens: Annotated[int, Meta(ge=1, le=2**24)]
+    previous: PeerAddress
+    next: PeerAddress
+    prompt: TokenIds = ()
+    generation: Generation | None = None
+
+
+class HopOpened(Message, frozen=True):
+    """Hop -> client: the KV memory is reserved."""
+
+
+class HopRefused(Message, frozen=True):
+    """Hop -> client: not now (full, leaving, not serving these blocks)."""
+
+    reason: Reason
+
+
+class Relink(Message, frozen=True):
+    """Client -> hop, after a neighbour was replaced: new neighbours.
+
+    With `resend`, the hop opens a link to the new `next` and sends its output history from position 0.
+    """
+
+    previous: PeerAddress
+    next: PeerAddress
+    resend: bool
+
+
+class HopTiming(Struct, frozen=True, array_like=True):
+    """What one hop spent on one step, in microseconds."""
+
+    queue_us: Count
+    compute_us: Count
+
+
+class Sampled(Message, frozen=True):
+    """Last hop -> client: the token at `position`; `timings` of the hops in ring order. `finish` ends the session."""
+
+    position: Count
+    token: TokenId
+    timings: Annotated[tuple[HopTiming, ...], Meta(max_length=256)]
+    finish: Annotated[str, Meta(max_length=16)] = ""
+
+
+class HopFailed(Message, frozen=True):
+    """Hop -> client: `peer`, a neighbour, cannot be reached or broke the rules; the session here waits for Relink."""
+
+    peer: PeerId
+    reason: Reason
+
+
+# ---- the ring: hop -> next hop, one stream per session and link -----------------------------------------------------
+
+
+class Attach(Message, frozen=True):
+    """First message on a ring stream: the frames that follow belong to `session`."""
+
+    session: SessionId
+
+
+class Step(Message, frozen=True):
+    """Hidden states (one attached tensor [T, D]) of positions [position, position + T)."""
+
+    position: Count
+    timings: Annotated[tuple[HopTiming, ...], Meta(max_length=256)]
+
+
+class NextToken(Message, frozen=True):
+    """Last hop -> first hop: the token sampled for `position`."""
+
+    position: Count
+    token: TokenId
+
+
+# ---- files: manifest, tokenizer and weights from peers ---------------------------------------------------------------
+
+
+class GetManifest(Message, frozen=True):
+    swarm: Key
+
+
+class ManifestBytes(Message, frozen=True):
+    """The manifest, whose SHA-256 is the swarm id."""
+
+    manifest: Annotated[bytes, Meta(max_length=8 * 1024 * 1024)]
+
+
+class GetFile(Message, frozen=True):
+    """Bytes [offset, offset + size_bytes) of the blob whose SHA-256 is `digest`."""
+
+    swarm: Key
+    digest: Key
+    offset: Annotated[int, Meta(ge=0, le=2**50)]
+    size_bytes: Annotated[int, Meta(ge=1, le=MAX_FILE_CHUNK_BYTES)]
+
+
+class FileChunk(Message, frozen=True):
+    data: Annotated[bytes, Meta(max_length=MAX_FILE_CHUNK_BYTES)]
+
+
+class NotHere(Message, frozen=True):
+    reason: Reason
+
+
+RecordMessage = FindRecords | Found | StoreRecord | Stored
+SessionMessage = OpenHop | HopOpened | HopRefused | Relink | Sampled | HopFailed
+RingMessage = Attach | Step | NextToken
+FileMessage = GetManifest | ManifestBytes | GetFile | FileChunk | NotHere
+AnyMessage = RecordMessage | SessionMessage | RingMessage | FileMessage
