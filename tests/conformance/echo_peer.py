@@ -1,0 +1,29 @@
+"""A peer in a process of its own, to be killed or stopped: serves the suite's handlers and says where.
+
+    python -m tests.conformance.echo_peer [silence_s]
+
+Prints one line, its peer id and its address, and runs until its standard input ends: it never outlives its test.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import trio
+
+from mycel.node.libp2p_transport import TransportLimits, open_transport
+from mycel.security.identity import Identity
+from tests.conformance.transport_suite import serve_suite
+
+
+async def main(silence_s: float) -> None:
+    limits = TransportLimits(heartbeat_interval_s=silence_s / 5, silence_s=silence_s)
+    async with open_transport(Identity.generate(), limits=limits) as transport:
+        serve_suite(transport)
+        sys.stdout.write(f"{transport.peer_id} {transport.addresses[0]}\n")
+        sys.stdout.flush()
+        await trio.to_thread.run_sync(sys.stdin.read, abandon_on_cancel=True)
+
+
+if __name__ == "__main__":
+    trio.run(main, float(sys.argv[1]) if len(sys.argv) > 1 else 5.0)
