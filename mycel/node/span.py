@@ -1,0 +1,164 @@
+"""A span of a model: blocks [start, end) with the embedding before the first and the norm and head after the last.
+
+Built on the base model's own forward (see `structure.py` and docs/decisions/0003-model-spans.md): the same code as the
+unsplit model's, over a shorter list of blocks. It knows nothing of sessions, peers or batches.
+
+Legend: T tokens of this step, D hidden, V vocabulary.
+
+Ring: shell (`load` reads a model directory; the rest is torch alone).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mycel.node.architectures import ARCHITECTURES, EMBED
+from mycel.node.fast_linear import use_fast_linear
+from mycel.node.model_info import ModelInfo, inspect_model, load_config, span_tensors
+from mycel.node.span_cache import SpanCache
+from mycel.node.structure import Passed, base_of, cut, empty_model, meta_tensors, part_of
+from mycel.node.weights_load import WeightFiles, load_unit, release_free_memory
+from mycel.protocols.errors import ConfigError
+
+__all__ = ["Span", "SpanCache"]
+
+# Known to transformers as nobody's mask: with it the base model builds none.
+_NO_MASK = "mycel_no_mask"
+
+
+class Span:
+    """Blocks [start, end) of the model that `info` describes, ready to compute. Make one with `load`."""
+
+    def __init__(self, info: ModelInfo, start: int, end: int, model: PreTrainedModel, whole: PreTrainedConfig) -> None:
+        self.info = info
+        self.start = start
+        self.end = end
+        self.is_first = start == 0
+        self.is_last = end == info.n_blocks
+        self.tensors: tuple[Tensor, ...] = (*model.parameters(), *model.buffers())
+        self.nbytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in self.tensors}.values())
+        self._base = base_of(model)
+        self._head: nn.Module | None = None
+        if self.is_last:
+            setattr(model, model.base_model_prefix, Passed())
+            self._head = model
+        self._windows = _windows(whole)[start:end]
+        self._masked_config = self._base.config
+        self._bare_config = copy.copy(self._base.config)
+        if info.architecture in ARCHITECTURES and not ARCHITECTURES[info.architecture].own_mask:
+            self._bare_config._attn_implementation_internal = _NO_MASK
+        self._positions = torch.arange(256)
+
+    @classmethod
+    def load(cls, directory: Path, start: int, end: int, *, dtype: torch.dtype | None = None) -> Span:
+        """Loads blocks [start, end) from a model directory; weights already in `dtype` stay mapped from their files.
+
+        `dtype` is the one to compute in, by default the files' own. Raises ConfigError (one line) for what
+        `inspect_model` refuses and for weights that do not fit the configuration, ValueError if [start, end) is not a
+        span of the model.
+        """
+        info = inspect_model(directory)
+        units = span_tensors(info, start, end)
+        compute_dtype: torch.dtype = dtype or getattr(torch, info.dtype)
+        config = load_config(directory)
+        model = empty_model(config, compute_dtype)
+        files = WeightFiles()
+        for entries in units.values():
+            load_unit(model, files, entries, compute_dtype)
+        if info.tied_embeddings and EMBED in units and end == info.n_blocks:
+            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        cut(model, start, end)
+        if missing := meta_tensors(model):
+            raise ConfigError(f"{directory} is incomplete: its checkpoint has no tensor for {missing[0]!r}")
+        use_fast_linear(model)
+        release_free_memory()
+        return cls(info, start, end, model, config)
+
+    def part(self, start: int, end: int) -> Span:
+        """Blocks [start, end) of this span as a span of its own, over the same weights. Raises ValueError for others."""
+        if not self.start <= start < end <= self.end:
+            raise ValueError(f"blocks [{start}, {end}) are not within [{self.start}, {self.end})")
+        if (start, end) == (self.start, self.end):
+            return self
+        part = copy.copy(self)
+        first, last = start - self.start, end - self.start
+        base = copy.copy(self._base)
+        base.config = self._masked_config
+        part.start, part.end = start, end
+        part.is_first, part.is_last = start == 0, end == self.info.n_blocks
+        part._base = part_of(base, first, last, keep_norm=part.is_last or not self.is_last)
+        part._head = self._head if part.is_last else None
+        part._windows = self._windows[first:last]
+        part._masked_config = part._base.config
+        part._bare_config = copy.copy(part._masked_config)
+        part._bare_config._attn_implementation_internal = self._bare_config._attn_implementation_internal
+        return part
+
+    def new_cache(self) -> SpanCache:
+        """An empty cache for one session."""
+        return SpanCache(self.start, self._windows)
+
+    @torch.inference_mode()
+    def forward(self, inputs: Tensor, cache: SpanCache) -> Tensor:
+        """One step: the hidden states of `inputs` at positions cache.length, cache.length + 1, ...; the cache grows.
+
+        `inputs` are token ids [T] (int64) on the first span, hidden_TD of the span before on any other. Returns
+        hidden_TD; the last span's has the model's final norm applied. Raises ValueError for a wrong shape; whatever is
+        raised, the cache is as it was.
+        """
+        self._check(inputs)
+        past, n_tokens = cache.length, inputs.shape[0]
+        if past + n_tokens > self._positions.shape[0]:
+            self._positions = torch.arange(2 * (past + n_tokens))
+        # The newest token sees everything that the cache returns, so only steps of several tokens need a mask.
+        self._base.config = self._bare_config if n_tokens == 1 else self._masked_config
+        key = "input_ids" if self.is_first else "inputs_embeds"
+        try:
+            output = self._base(
+                **{key: inputs.unsqueeze(0)},
+                position_ids=self._positions[past : past + n_tokens].unsqueeze(0),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        except BaseException:
+            cache.restore(past)
+            raise
+        hidden_TD: Tensor = output[0].squeeze(0)
+        return hidden_TD
+
+    @torch.inference_mode()
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """logits_TV of what the last span's `forward` returned, through the model's own head (with its soft caps).
+
+        The final norm is part of `forward`. Pass only the rows that are needed. Raises ValueError on another span.
+        """
+        if self._head is None:
+            raise ValueError(f"blocks [{self.start}, {self.end}) have no head: it is with the last block")
+        logits_TV: Tensor = self._head(inputs_embeds=hidden_TD.unsqueeze(0), use_cache=False)[0].squeeze(0)
+        return logits_TV
+
+    def _check(self, inputs: Tensor) -> None:
+        if self.is_first:
+            if inputs.dim() != 1 or inputs.shape[0] == 0 or inputs.dtype != torch.int64:
+                raise ValueError(f"the first span takes token ids [T] of int64, not {_describe(inputs)}")
+        elif inputs.dim() != 2 or inputs.shape[0] == 0 or inputs.shape[1] != self.info.hidden_size:
+            raise ValueError(f"this span takes hidden states [T, {self.info.hidden_size}], not {_describe(inputs)}")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """The sliding window of each block, None where it sees everything; by transformers' own rule."""
+    window: int | None = getattr(config, "sliding_window", None)
+    n_blocks: int = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return (window,) * n_blocks
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
