@@ -1,0 +1,34 @@
+"""`mycel join`: help a swarm with this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mycel.cli.common import find_invite
+from mycel.cli.serving import NodeOptions, node_options, serve
+
+
+@click.command()
+@click.argument("invite", nargs=-1)
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The swarm's model, if this machine has it: spares the download.",
+)
+@node_options
+@click.pass_context
+def join(ctx: click.Context, /, *, invite: tuple[str, ...], **options: Any) -> None:
+    """Help a swarm with this machine.
+
+    INVITE is what `mycel start` printed. Measures how much of the model this machine can hold, takes the blocks that
+    the swarm needs most, fetches their weights from the other nodes, and serves them. Ctrl-C leaves the swarm.
+    """
+    text = "".join(invite) or os.environ.get("MYCEL_INVITE", "")
+    if not text:
+        raise click.UsageError("which swarm? Give the invite that `mycel start` printed: mycel join mycel1:...", ctx)
+    ctx.exit(serve(NodeOptions(dtype="auto", **options), find_invite(text)))

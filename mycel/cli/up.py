@@ -1,0 +1,198 @@
+"""`mycel up`: a local network of real node processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import trio
+
+from mycel.cli.common import exclusive, forget_invite, remember_invite, say, state_home, write
+from mycel.cli.exits import FAILURE, INTERRUPTED, TERMINATED, CommandFailedError
+
+if TYPE_CHECKING:
+    from mycel.cli.processes import LocalNetwork, LocalNode
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPlan:
+    """A local network: a span of `model` for each node, and what all nodes are told besides."""
+
+    model: Path
+    spans: tuple[tuple[int, int], ...]
+    shared: tuple[str, ...] = ()
+
+
+@click.command()
+@click.option("--nodes", type=click.IntRange(1, 64), default=4, show_default=True, metavar="N", help="How many nodes.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="A Hugging Face model directory. [default: the small model inside Mycel]",
+)
+@click.option(
+    "--replicas",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="How many nodes serve each block.",
+)
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Where the nodes keep keys and logs. [default: ~/.local/state/mycel/up]",
+)
+@click.option(
+    "--listen",
+    default="/ip4/127.0.0.1/tcp/0",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Where the nodes listen, as a multiaddr with port 0.",
+)
+@click.option("--json", "as_json", is_flag=True, help="When ready, print one JSON object instead of the table.")
+@click.pass_context
+def up(
+    ctx: click.Context,
+    /,
+    *,
+    nodes: int,
+    model: Path | None,
+    replicas: int,
+    directory: Path | None,
+    listen: str,
+    as_json: bool,
+) -> None:
+    """Start a local network of real node processes.
+
+    Each node serves a share of the model's blocks. The network stays until Ctrl-C, and then leaves no process behind.
+    Meanwhile, in another terminal: `mycel run "..."`, `mycel chat`, `mycel status`.
+    """
+    plan = plan_network(model, nodes, replicas)
+    place = directory or state_home() / "up"
+    with exclusive(place, "--dir"):
+        ctx.exit(trio.run(_up, plan, place, listen, as_json))
+
+
+def plan_network(model: Path | None, n_nodes: int, replicas: int) -> LocalPlan:
+    """Even shares of a model. Raises ConfigError if it is not one, or cannot be shared like that."""
+    from mycel.node.demo import demo_model_dir
+    from mycel.node.model_info import inspect_model
+    from mycel.swarm.placement import even_spans
+
+    path = demo_model_dir() if model is None else model
+    info = inspect_model(path)
+    # The embedding is one row to read for each token; the head is read whole, as the blocks are.
+    return LocalPlan(
+        path.resolve(), even_spans(info.block_bytes, n_nodes, head_bytes=info.head_bytes, replicas=replicas)
+    )
+
+
+async def found_network(network: LocalNetwork, plan: LocalPlan) -> list[LocalNode]:
+    """Start the nodes of a plan: one founds the swarm, the others join it side by side."""
+    model = ("--model", str(plan.model), *plan.shared)
+    (start, end), *others = plan.spans
+    founder = await network.start("start", *model, "--blocks", f"{start}:{end}")
+    joining = [("join", founder.serving.invite, *model, "--blocks", f"{a}:{b}") for a, b in others]
+    return [founder, *await network.start_all(joining)]
+
+
+def best_invite(nodes: Sequence[LocalNode]) -> str:
+    """Of the last node: it names that node and the founder, so that the loss of either leaves a way in."""
+    return nodes[-1].serving.invite
+
+
+async def _up(plan: LocalPlan, directory: Path, listen: str, as_json: bool) -> int:
+    from mycel.cli.processes import local_network
+    from mycel.node.background import background
+
+    code = 0
+    with trio.CancelScope() as scope:
+        async with background() as tasks:
+
+            async def on_signals(*, task_status: trio.TaskStatus[None]) -> None:
+                nonlocal code
+                with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+                    task_status.started()
+                    async for number in signals:
+                        if not code:
+                            say("stopping the nodes")
+                        code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+                        scope.cancel()
+
+            await tasks.start(on_signals)
+            async with local_network(directory, len(plan.spans), listen) as network:
+                say(f"starting {len(plan.spans)} nodes with {plan.model.name}; logs in {directory}")
+                nodes = await found_network(network, plan)
+                invite = best_invite(nodes)
+                remember_invite(invite)
+                try:
+                    _show(nodes, invite, as_json=as_json)
+                    await _watch(nodes)
+                finally:
+                    forget_invite(invite)
+    return code or FAILURE
+
+
+async def _watch(nodes: Sequence[LocalNode]) -> None:
+    """Tell of every node that ends. Raises CommandFailedError when none is left."""
+
+    async def one(node: LocalNode) -> None:
+        code = await node.process.wait()
+        if node.expected:
+            return
+        say(f"{node.name} (pid {node.pid}) ended with exit code {code}; the end of {node.log}:")
+        for line in node.last_words():
+            say(f"  {line}")
+
+    async with trio.open_nursery() as nursery:
+        for node in nodes:
+            nursery.start_soon(one, node)
+    raise CommandFailedError("all nodes have ended")
+
+
+def _show(nodes: Sequence[LocalNode], invite: str, *, as_json: bool) -> None:
+    if as_json:
+        value = {
+            "invite": invite,
+            "nodes": [
+                {
+                    "name": node.name,
+                    "peer": node.serving.peer,
+                    "blocks": [node.serving.start, node.serving.end],
+                    "addresses": list(node.serving.addresses),
+                    "pid": node.pid,
+                    "log": str(node.log),
+                }
+                for node in nodes
+            ],
+        }
+        write(json.dumps(value) + "\n")
+        return
+    for line in node_lines(nodes):
+        say(line)
+    say("ready; Ctrl-C ends it. In another terminal:")
+    say('  mycel run "The for statement is used to" --show-route')
+    say("  mycel status")
+    say("to bring in another node:")
+    write(f"mycel join {invite}\n")
+
+
+def node_lines(nodes: Sequence[LocalNode]) -> list[str]:
+    """A table of nodes."""
+    from mycel.cli.answers import columns
+    from mycel.swarm.view import short_id
+
+    rows = [("node", "peer", "blocks", "pid", "log")]
+    for node in nodes:
+        ready = node.serving
+        rows.append((node.name, short_id(ready.peer), f"{ready.start}:{ready.end}", str(node.pid), str(node.log)))
+    return columns(rows)
