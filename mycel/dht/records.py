@@ -15,9 +15,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mycel.protocols.errors import LocalProtocolError, RemoteProtocolError
-from mycel.protocols.messages import MAX_RECORD_VALUE_BYTES, Count, Key, Seconds, SignedRecord
+from mycel.protocols.messages import MAX_BLOCKS, MAX_RECORD_VALUE_BYTES, Count, Key, Seconds, SignedRecord
 
-MAX_BLOCKS = 4096
 MAX_RTTS = 32
 MAX_ADDRESSES = 8
 # Not \d or \w: those match any script, and the byte limit counts on one byte a character.

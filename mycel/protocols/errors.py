@@ -59,7 +59,7 @@ class PeerError(MycelError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.reason} (peer {self.peer[-8:]})" if self.peer else self.reason
+        return f"{self.reason} (peer {one_line(self.peer[-8:])})" if self.peer else self.reason
 
 
 class PeerUnreachable(PeerError):

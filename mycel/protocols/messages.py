@@ -25,6 +25,7 @@ UnixTime = Annotated[float, Meta(ge=0.0, le=1e11)]
 
 MAX_RECORD_VALUE_BYTES = 4096
 MAX_FILE_CHUNK_BYTES = 1 << 20
+MAX_BLOCKS = 4096
 MIN_TEMPERATURE = 1e-6  # logits divided by less leave the range of floats
 
 

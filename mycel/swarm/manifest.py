@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from mycel.protocols.errors import RemoteProtocolError
-from mycel.protocols.messages import Count, Key, TokenId
+from mycel.protocols.messages import MAX_BLOCKS, Count, Key, TokenId
 
 __all__ = [
     "DTYPES",
@@ -38,7 +38,6 @@ __all__ = [
 
 VERSION = 1
 MAX_MANIFEST_BYTES = 8 * 1024 * 1024
-MAX_BLOCKS = 10_000
 MAX_TENSORS = 200_000
 MAX_SMALL_FILE_BYTES = 64 * 2**20
 MAX_UNIT_BYTES = 2**38

@@ -88,7 +88,9 @@ class RouteTrace:
     def report(self) -> tuple[HopReport, ...]:
         """One line for each hop of the present route; zeros until the ring has turned once."""
         turns, n_hops = max(self._turns, 1), max(len(self.hops), 1)
-        turned_ms = (self.last_s - self._turning_since_s) * 1e3 if self.last_s and self._turning_since_s else 0.0
+        turned_ms = 0.0
+        if self.last_s is not None and self._turning_since_s is not None:
+            turned_ms = (self.last_s - self._turning_since_s) * 1e3
         spent_ms = sum(map(sum, self._sums_us)) / 1e3
         network_ms = max(0.0, turned_ms - spent_ms) / turns / n_hops
         return tuple(

@@ -1,0 +1,153 @@
+"""One hop's machine and its log of outputs, under any order of inputs and relinks."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from mycel.protocols import ids
+from mycel.protocols.errors import LocalProtocolError, RemoteProtocolError
+from mycel.protocols.hop import HopMachine, OutputLog
+from mycel.protocols.messages import Generation, OpenHop, PeerAddress, Relink, SamplingParams
+
+PEERS = [PeerAddress(name) for name in "abcd"]
+peers = st.sampled_from(PEERS)
+MAX_TOKENS = 30
+
+
+def opening(start: int = 1, end: int = 2, **changes: object) -> OpenHop:
+    fields: dict[str, object] = {"max_tokens": MAX_TOKENS, "previous": PEERS[0], "next": PEERS[1], **changes}
+    return OpenHop(bytes(16), bytes(32), start, end, **fields)  # type: ignore[arg-type]
+
+
+class HopUnderAnyOrder(RuleBasedStateMachine):
+    """Inputs that are new, old, overlapping or with a gap, and neighbours that change: what was computed stays one
+    row without holes, and whoever is given everything again has the same row.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.machine = HopMachine(opening(), 3)
+        self.log: OutputLog[tuple[int, ...]] = OutputLog()
+        self.computed: list[int] = []
+        self.received: list[int] = []  # at the present next hop
+        self.next_machine = HopMachine(opening(), 3)
+
+    @rule(position=st.integers(0, MAX_TOKENS + 3), count=st.integers(-1, 12))
+    def push(self, position: int, count: int) -> None:
+        before = self.machine.position
+        legal = count >= 1 and position <= before and position + count <= MAX_TOKENS
+        try:
+            skip = self.machine.accept(position, count)
+        except RemoteProtocolError:
+            assert not legal
+            assert self.machine.position == before, "a refused input changes nothing"
+            return
+        assert legal
+        new = tuple(range(position + skip, position + count))
+        assert skip == count or new[0] == before
+        self.computed += new
+        if new:
+            self.log.append(new[0], len(new), new)
+
+    @precondition(lambda self: self.log.pending() is not None)
+    @rule(delivered=st.booleans())
+    def send(self, delivered: bool) -> None:
+        """Whoever is unsure whether an output arrived gives it again."""
+        output = self.log.pending()
+        assert output is not None
+        skip = self.next_machine.accept(output.position, output.count)
+        self.received += output.value[skip:]
+        if delivered:
+            self.log.given()
+
+    @rule(previous=peers, following=peers)
+    def relink(self, previous: PeerAddress, following: PeerAddress) -> None:
+        """The next hop is a new one, that knows nothing yet."""
+        changed = self.machine.relink(Relink(previous, following, resend=True))
+        self.log.rewind()
+        self.received, self.next_machine = [], HopMachine(opening(), 3)
+        assert self.machine.may_attach(previous.peer)
+        assert [p.peer for p in PEERS if self.machine.may_attach(p.peer)] == [previous.peer]
+        assert not self.machine.relink(Relink(previous, following, resend=False)), "the same again changes nothing"
+        assert isinstance(changed, bool)
+
+    @invariant()
+    def one_row_without_holes(self) -> None:
+        assert self.computed == list(range(self.machine.position))
+        assert self.machine.position <= MAX_TOKENS
+
+    @invariant()
+    def the_next_hop_has_the_beginning_of_it(self) -> None:
+        assert self.received == self.computed[: len(self.received)]
+        if self.log.pending() is None:
+            assert self.received == self.computed
+
+
+HopUnderAnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestHopUnderAnyOrder = HopUnderAnyOrder.TestCase
+
+
+def test_the_log_takes_no_gap() -> None:
+    log: OutputLog[str] = OutputLog()
+    log.append(4, 3, "a")  # it may begin anywhere: a last hop begins at the end of the prompt
+    for position in (6, 8, 4):
+        with pytest.raises(LocalProtocolError, match="gap"):
+            log.append(position, 1, "b")
+    log.append(7, 1, "b")
+    assert [output.value for output in log.outputs] == ["a", "b"]
+
+
+GENERATION = Generation(SamplingParams(), (1, 2), 8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (opening(2, 2), "blocks"),
+        (opening(2, 1), "blocks"),
+        (opening(1, 4), "blocks"),
+        (opening(0, 1), "prompt"),
+        (opening(1, 2, prompt=(1,)), "prompt"),
+        (opening(1, 3), "sampling"),
+        (opening(1, 2, generation=GENERATION), "sampling"),
+        (opening(1, 3, generation=Generation(SamplingParams(), (), 8)), "fit"),
+        (opening(1, 3, generation=Generation(SamplingParams(), (1, 2), 2)), "fit"),  # there would be nothing to say
+        (opening(1, 3, generation=Generation(SamplingParams(), (1, 2), MAX_TOKENS + 1)), "fit"),
+        (opening(0, 1, prompt=(1,) * MAX_TOKENS), "prompt of"),
+        (opening(0, 3, prompt=(1, 2, 3), generation=GENERATION), "goes on from"),
+    ],
+)
+def test_an_opening_that_makes_no_sense_is_refused(wrong: OpenHop, reason: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=reason):
+        HopMachine(wrong, 3)
+
+
+@pytest.mark.parametrize(
+    ("right", "first", "last"),
+    [
+        (opening(0, 1, prompt=(1,)), True, False),
+        (opening(1, 2), False, False),
+        (opening(1, 3, generation=GENERATION), False, True),
+        (opening(0, 3, prompt=(1, 2), generation=GENERATION), True, True),
+    ],
+)
+def test_a_hop_knows_its_place(right: OpenHop, first: bool, last: bool) -> None:
+    machine = HopMachine(right, 3)
+    assert (machine.is_first, machine.is_last, machine.is_alone) == (first, last, first and last)
+
+
+@given(st.integers(0, 20), st.integers(1, 20))
+def test_what_is_skipped_is_what_was_there(position: int, count: int) -> None:
+    machine = HopMachine(opening(max_tokens=64), 3)
+    machine.accept(0, 20)
+    assert machine.accept(position, count) == min(count, 20 - position)
+    assert machine.position == max(20, position + count)
+
+
+def test_protocol_ids_are_distinct_and_versioned() -> None:
+    values = [value for name, value in vars(ids).items() if name.isupper()]
+    assert len(set(values)) == len(values) >= 4
+    assert all(value.startswith("/mycel/") and value.rsplit("/", 1)[1].isdecimal() for value in values)
