@@ -15,6 +15,7 @@ from mycel.node.architectures import ARCHITECTURES, EMBED, HEAD, block_unit, is_
 from mycel.node.stored_weights import is_stored, stored_entries
 from mycel.node.weights_map import TensorEntry, read_json, read_tensor_entries
 from mycel.protocols.errors import ConfigError
+from mycel.protocols.messages import MAX_BLOCKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -138,7 +139,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
         raise ConfigError(f"{directory / 'config.json'} is not valid for {model_type}: {_one_line(error)}") from None
     if reason := refusal(normalised):
         raise ConfigError(f"{directory} cannot be split: {reason}")
-    if not isinstance(blocks, int) or not 1 <= blocks <= 10_000:
+    if not isinstance(blocks, int) or not 1 <= blocks <= MAX_BLOCKS:
         raise ConfigError(f"{directory / 'config.json'} is not valid for {model_type}: {blocks!r} blocks")
     return config
 

@@ -80,7 +80,7 @@ class Span:
         return cls(info, start, end, model, config)
 
     def part(self, start: int, end: int) -> Span:
-        """Blocks [start, end) of this span as a span of its own, over the same weights. Raises ValueError for others."""
+        """Blocks [start, end) of this span as a span of its own, over the same weights. Else ValueError."""
         if not self.start <= start < end <= self.end:
             raise ValueError(f"blocks [{start}, {end}) are not within [{self.start}, {self.end})")
         if (start, end) == (self.start, self.end):

@@ -18,12 +18,12 @@ from mycel.node.kv_budget import KVBudget
 from mycel.node.sampling import sample
 from mycel.protocols import ids
 from mycel.protocols.codec import session_codec
-from mycel.protocols.errors import PeerTimeout, RouteUnavailable
-from mycel.protocols.messages import HopOpened, SamplingParams
+from mycel.protocols.errors import LocalProtocolError, PeerTimeout, RouteUnavailable
+from mycel.protocols.messages import HopOpened, PeerAddress, SamplingParams
 from mycel.protocols.ports import Stream
 from mycel.swarm.generation import NewToken, Request, RouteChosen, SessionEvent
 from mycel.swarm.routing import Hop
-from mycel.swarm.session import InferenceSession
+from mycel.swarm.session import InferenceSession, _abandon, _Control, _Heard, _listen
 from mycel.swarm.view import View
 from tests.sim.compute import SimCompute
 from tests.sim.faults import LinkFaults, WorldOptions
@@ -256,7 +256,7 @@ def test_any_hops_may_die_at_any_token_also_of_a_sampled_text(
 @given(
     seed=st.integers(0, 2**16),
     losses=st.lists(
-        st.tuples(st.floats(0.05, 14.0), st.sampled_from(["crash", "stop"]), st.integers(0, 3)), min_size=1, max_size=4
+        st.tuples(st.floats(0.05, 4.0), st.sampled_from(["crash", "stop"]), st.integers(0, 3)), min_size=1, max_size=4
     ),
     sampling=st.sampled_from([GREEDY, HOT]),
 )
@@ -292,12 +292,15 @@ def test_if_only_a_hop_of_the_chain_holds_the_lost_blocks_the_chain_is_laid_anew
             swarm.serve("c", 6, 8)
             swarm.hidden.add("b")
             world.crash("b")
+            assert session.session_id == bytes(16)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(outcome.collect, {10: kill})
             await session.run()
         assert outcome.tokens == reference(list(PROMPT), 30, N_BLOCKS)
         assert [swarm.name_of(hop) for hop in outcome.routes[-1].hops] == ["a", "c"]
+        if outcome.routes[0].hops[0].end == 4:
+            assert session.session_id != bytes(16), "what the old hops still send each other must not meet the new ones"
         assert [(hop.start, hop.end) for hop in outcome.routes[-1].hops] == [(0, 6), (6, 8)]
         assert [peer for route in outcome.routes for peer, _ in route.lost] == [world.node("b").peer_id]
         await trio.sleep(5)
@@ -403,6 +406,40 @@ def test_chains_that_never_give_a_token_come_to_an_end() -> None:
             await generate(swarm, 5, patience_s=60.0)
 
     run_world(12, scenario)
+
+
+@pytest.mark.parametrize("abandoned", [True, False])
+def test_who_is_let_go_of_between_two_frames_is_no_failure_of_ours(abandoned: bool) -> None:
+    """A stream may say that it was reset before it looks whether its reader was cancelled; the real adapter does."""
+
+    class Reset:
+        waits = trio.Event()
+
+        async def receive(self) -> memoryview:
+            with trio.CancelScope(shield=True):
+                await self.waits.wait()
+            raise LocalProtocolError("receive after reset")
+
+        async def reset(self) -> None:
+            self.waits.set()
+
+    async def scenario(world: World) -> None:
+        stream = Reset()
+        control = _Control(Hop(PeerAddress("p"), 0, 8), stream)  # type: ignore[arg-type]
+        send, _receive = trio.open_memory_channel[_Heard](1)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_listen, control, send)
+            await trio.sleep(1)
+            if abandoned:
+                await _abandon(control)
+            else:
+                stream.waits.set()
+
+    if abandoned:
+        run_world(14, scenario)
+    else:
+        with pytest.RaisesGroup(pytest.RaisesGroup(LocalProtocolError)):
+            run_world(14, scenario)
 
 
 def test_a_cancelled_opening_leaves_no_session_behind() -> None:

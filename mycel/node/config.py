@@ -1,0 +1,37 @@
+"""What a node is told when it starts: one frozen tree, made once by the command line or by a test.
+
+Ring: shell (names places on disk).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mycel.dht.directory import TTL_S
+from mycel.swarm.invite import Invite
+
+DAY_S = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """`invite` joins a swarm, `model` founds one (or spares the download); at least one of them is given.
+
+    `blocks` is a span to serve whatever the swarm needs, `max_blocks` and `memory_bytes` bound the choice. `dtype` is
+    what a founder computes in: "auto", "float32", "bfloat16" or "float16"; a joiner takes the swarm's.
+    """
+
+    data_dir: Path
+    listen: tuple[str, ...]
+    model: Path | None = None
+    invite: Invite | None = None
+    blocks: tuple[int, int] | None = None
+    max_blocks: int | None = None
+    memory_bytes: int | None = None
+    kv_tokens: int = 8192
+    dtype: str = "auto"
+    threads: int = 1
+    ttl_s: float = TTL_S
+    mdns: bool = False
+    invite_lifetime_s: float = 7 * DAY_S
