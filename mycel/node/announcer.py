@@ -5,11 +5,13 @@ Ring: shell.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import trio
 
 from mycel._version import __version__
+from mycel.dht.addresses import is_multiaddr
 from mycel.dht.directory import TTL_S, Directory
 from mycel.dht.records import MAX_ADDRESSES, MAX_RTTS, Announcement
 from mycel.node.compute import DeviceCompute
@@ -20,6 +22,8 @@ from mycel.protocols.errors import PeerError
 
 # Serialization, two thread changes and the socket of one step, measured on loopback (benchmarks/decode.py).
 OVERHEAD_S = 0.001
+# Of one address in an announcement (dht/records.py).
+MAX_ADDRESS_CHARS = 160
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ class Announcer:
             swarm=service.swarm,
             start=span.start,
             end=span.end,
-            addresses=transport.addresses[:MAX_ADDRESSES],
+            addresses=announced(transport.addresses),
             block_time_s=span.block_time_s,
             overhead_s=OVERHEAD_S,
             kv_free_tokens=budget.free_bytes // per_token,
@@ -66,3 +70,9 @@ class Announcer:
             except PeerError as error:
                 self.event("announce.failed", reason=str(error))
             await trio.sleep(self.ttl_s / 3)
+
+
+def announced(addresses: Iterable[str]) -> tuple[str, ...]:
+    """Those that an announcement can carry, the first MAX_ADDRESSES."""
+    fitting = (address for address in addresses if len(address) <= MAX_ADDRESS_CHARS and is_multiaddr(address))
+    return tuple(dict.fromkeys(fitting))[:MAX_ADDRESSES]

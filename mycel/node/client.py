@@ -199,7 +199,9 @@ async def connect(
         store = ModelStore(cache_dir or Path(temporary))
         async with open_network(Identity.generate(), (), event) as network:
             await network.join(parsed.bootstrap)
-            peers = [address.peer for address in parsed.bootstrap]
+            # Those that answered first: one that is silent costs every question its whole time-out.
+            connected = network.transport.connected()
+            peers = sorted((address.peer for address in parsed.bootstrap), key=lambda peer: peer not in connected)
             manifest = store.manifest(parsed.swarm) or await fetch_manifest(network.transport, peers, parsed.swarm)
             directory = store.save_manifest(manifest)
             await fetch_small_files(network.transport, peers, store, manifest)

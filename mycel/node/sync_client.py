@@ -139,7 +139,7 @@ class SyncModel:
             ready.put(error)
 
     def _call(self, function: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-        """Run `function` in the network's thread. Raises ConfigError if the model is closed, or what ended the thread."""
+        """Run `function` in the network's thread. Raises ConfigError if that is closed, or what ended it."""
         try:
             return trio.from_thread.run(function, *arguments, trio_token=self._token)
         except (trio.RunFinishedError, trio.Cancelled):

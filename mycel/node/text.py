@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,8 @@ class TextCodec:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise ConfigError(f"{directory} has no tokenizer.json")
-        try:
+        with _refusing(f"{path} is not a tokenizer"):
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001  the library raises bare Exception
-            raise ConfigError(f"{path} is not a tokenizer: {_short(str(error))}") from None
         size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if size > vocab_size:
             raise ConfigError(f"{path} is not this model's: it has {size} tokens, the model {vocab_size}")
@@ -58,7 +57,8 @@ class TextCodec:
         """Token ids of `text`; `special` adds what the tokenizer puts around a text (such as BOS)."""
         # Half a surrogate pair, as a terminal or a JSON file may give, is no text.
         sound = text.encode("utf-8", "replace").decode("utf-8")
-        ids: list[int] = self.tokenizer.encode(sound, add_special_tokens=special).ids
+        with _refusing("the tokenizer refused the text"):
+            ids: list[int] = self.tokenizer.encode(sound, add_special_tokens=special).ids
         return ids
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -148,6 +148,18 @@ def _render(template: str, variables: dict[str, Any]) -> str:
     if "text" not in answer:
         raise ConfigError(f"the chat template refused: {_short(str(answer.get('refused')))}")
     return str(answer["text"])
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever the tokenizers library makes of a file or a text that it cannot take, as one line."""
+    try:
+        yield
+    except BaseException as error:
+        # Its Rust code panics on some damaged files, which arrives as an exception that is none of `Exception`.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ConfigError(f"{what}: {_short(str(error))}") from None
+        raise
 
 
 def _short(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What one process says to a prompt (transformers' own generate), and a generation by the swarm with what happened in it."""
+"""What one process says to a prompt (transformers' own generate), and what a swarm says and what happens meanwhile."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def generate(
     n_losses: int | None = None,
     **options: Any,
 ) -> Run:
-    """Generate to the end, or until a while after the loss of `n_losses` hops; `at[n]` is called once n tokens are there."""
+    """Generate to the end, or until some tokens after `n_losses` hops were replaced; at[n] is called after n tokens."""
     longest_s, last_s = 0.0, None
     mended_at: int | None = None
     async with model.generate(prompt, max_new_tokens=n_new, **options) as generation:
@@ -120,6 +120,6 @@ async def in_thread(call: Callable[..., T], *arguments: Any, **options: Any) -> 
 async def until(model: Model, condition: Callable[[View], bool], limit_s: float = 20.0) -> View:
     """Wait until the directory says so; it can only be asked again."""
     with trio.fail_after(limit_s):
-        while not condition(view := await model.view()):
+        while not condition(view := await model.view()):  # noqa: ASYNC110 - the directory announces no change
             await trio.sleep(0.05)
     return view

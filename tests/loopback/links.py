@@ -18,7 +18,7 @@ from mycel.node import libp2p_transport
 
 @contextmanager
 def rerouted_transports(reroute: Mapping[str, str]) -> Iterator[None]:
-    """Transports opened inside dial `reroute[address]` wherever a peer announced `address`; `reroute` may still grow."""
+    """Transports opened inside dial `reroute[address]` wherever a peer announced `address`; it may still grow."""
     opened_by = libp2p_transport.open_transport
 
     @asynccontextmanager

@@ -1,8 +1,8 @@
 """Nodes as processes of their own, for tests that kill them.
 
 Python with torch, transformers and libp2p takes three seconds of a core to start. Nodes are therefore forked from one
-process that has imported them (multiprocessing's fork server) and are ready some tenths of a second later. Everything
-else is as in life: `run_node`, a key, a data directory and sockets for each. A node ends when its pipe does, so that none
+process that has imported them (multiprocessing's fork server), and are ready some tenths of a second later. The rest is
+as in life: `run_node`, and a key, a data directory and sockets for each. A node ends when its pipe does, so that none
 outlives the tests.
 """
 
@@ -92,6 +92,9 @@ class NodeProcess:
 
     def freeze(self) -> None:
         os.kill(self.process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.process.pid, signal.SIGCONT)
 
     def ask_to_leave(self) -> None:
         with contextlib.suppress(OSError):  # it is gone already
@@ -205,7 +208,7 @@ def _serve(pipe: Connection, config: NodeConfig, reroute: dict[str, str]) -> Non
                 trio.run(_run, pipe, config, EventWriter(log, as_json=True))
         except MycelError as error:
             pipe.send(("failed", (type(error).__name__, str(error))))
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the root of a process: whoever started it reads the log
             traceback.print_exc()
             sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""A generation goes on when a process is killed, stopped, cut off or leaves: the same tokens, and the right one named."""
+"""A generation goes on when a process is killed, stopped, cut off or leaves: the same tokens, the right one named."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import trio
 from mycel.node.client import Model, connect
 from mycel.node.libp2p_transport import TransportLimits
 from mycel.protocols.errors import RouteUnavailable
-from mycel.swarm.generation import NewToken, Request, RouteChosen, SessionEvent
+from mycel.swarm.generation import NewToken, Request, SessionEvent
 from mycel.swarm.session import InferenceSession
 from mycel.swarm.trace import RouteTrace
+from tests.conformance.transport_rig import eventually
 from tests.loopback.generating import LONG_PROMPT, PROMPT, Run, bounded, generate, in_thread, reference, with_model
 from tests.loopback.links import Link, link_to, rerouted_transports
 from tests.loopback.node_process import NodeProcess, Nodes
@@ -84,7 +85,7 @@ def test_every_hop_is_killed_in_turn(nodes: Nodes, llama: Path) -> None:
 
 
 def test_a_stopped_hop_is_replaced(nodes: Nodes, llama: Path, record_testsuite_property: Record) -> None:
-    """SIGSTOP: its sockets stay open and nothing answers any more, heartbeats included."""
+    """SIGSTOP: its sockets stay open and nothing answers any more, heartbeats included. Continued, it tidies up."""
 
     def freeze(trace: RouteTrace) -> NodeProcess:
         node = hop_of(nodes, trace, 1)
@@ -92,9 +93,11 @@ def test_a_stopped_hop_is_replaced(nodes: Nodes, llama: Path, record_testsuite_p
         return node
 
     run, frozen = generate_losing(nodes, {20: freeze})
-    nodes.named(frozen[0]).kill()
     assert run.tokens == reference(llama, PROMPT, len(run.tokens))
     assert run.lost == frozen
+    node = nodes.named(frozen[0])
+    node.thaw()
+    bounded(partial(eventually, lambda: len(node.events("session.closed")) == len(node.events("session.opened"))))
     assert f"silent for {TransportLimits().silence_s:.1f} s" in run.trace.replaced[0].reason
     record_testsuite_property("pause_ms_stopped_hop", round(run.longest_gap_s * 1e3))
 

@@ -1,4 +1,4 @@
-"""Joining and leaving: who joins fetches its span and is used, finds the others by itself, and is missed when it goes."""
+"""Joining and leaving: who joins fetches its span and is used, finds the others itself, and is missed when it goes."""
 
 from __future__ import annotations
 
