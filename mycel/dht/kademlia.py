@@ -9,6 +9,7 @@ Ring: shell.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -54,6 +55,7 @@ class KademliaParams:
 
 
 DEFAULTS = KademliaParams()
+_MAX_BOOTSTRAP = 16  # of all joins together, the newest first
 
 
 class Kademlia:
@@ -124,12 +126,18 @@ class Kademlia:
     async def join(self, bootstrap: Sequence[PeerAddress]) -> int:
         """Enter the network through known peers, this one's own id ignored; how many of them answered.
 
-        They are asked again for as long as `run` runs whenever they are missing from the routing table, so a node that
-        starts before its bootstrap peers, or is cut off from them, finds them later.
+        Once one has answered, the slow ones are not waited for. All are asked again for as long as `run` runs whenever
+        they are missing from the routing table, also those of earlier joins, so a node that starts before its bootstrap
+        peers, or is cut off from them, finds them later.
         """
-        self._bootstrap = tuple(sane(address) for address in bootstrap if address.peer != self._own_peer)
-        await self._ask_bootstrap()
-        answered = sum(address.peer in self.table for address in self._bootstrap)
+        joined = {address.peer: sane(address) for address in bootstrap if address.peer != self._own_peer}
+        earlier = (address for address in self._bootstrap if address.peer not in joined)
+        self._bootstrap = (*joined.values(), *earlier)[: max(len(joined), _MAX_BOOTSTRAP)]
+        if self._nursery is not None:
+            await self._meet(tuple(joined.values()), self._nursery)
+        else:
+            await self._ask_all(tuple(joined.values()))
+        answered = sum(peer in self.table for peer in joined)
         if len(self.table):
             await self._explore(n_buckets=4)
         return answered
@@ -202,6 +210,26 @@ class Kademlia:
 
     async def _ask_bootstrap(self) -> None:
         await self._ask_all([address for address in self._bootstrap if address.peer not in self.table])
+
+    async def _meet(self, addresses: Sequence[PeerAddress], nursery: trio.Nursery) -> None:
+        """Say hello to each, until all have answered or failed, or one has answered and the others are slow."""
+        send, receive = trio.open_memory_channel[None](len(addresses))
+
+        async def hello(address: PeerAddress) -> None:
+            try:
+                await self._say_hello(address)
+            finally:  # cancelled with `run`, too, or we would wait for ever
+                with suppress(trio.BrokenResourceError):
+                    send.send_nowait(None)
+
+        for address in addresses:
+            nursery.start_soon(hello, address)
+        patience = trio.CancelScope()
+        with receive, patience:
+            for _ in addresses:
+                await receive.receive()
+                if any(address.peer in self.table for address in addresses):
+                    patience.deadline = min(patience.deadline, trio.current_time() + self.params.patience.hedge_s)
 
     async def _ask_all(self, addresses: Sequence[PeerAddress]) -> None:
         """A sign of life from each; whoever gives none goes to the dead list."""

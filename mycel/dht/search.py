@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import trio
 
-from mycel.dht.calls import Calls
+from mycel.dht.calls import OVERSLEPT_S, Calls
 from mycel.dht.lookup import Lookup
 from mycel.dht.questions import Questions
 from mycel.dht.routing_table import RoutingTable
@@ -69,7 +69,8 @@ class Search:
         steps_s = [patience.hedge_s] + [patience.give_up_s] * bool(lookup.closest())
         now = trio.current_time()
         due = [at + step_s for at in asked_at.values() for step_s in steps_s if at + step_s > now]
-        with trio.move_on_at(min(due, default=float("inf"))):
+        wake_at = min(due, default=float("inf"))
+        with trio.move_on_at(wake_at):
             peer, found = await receive.receive()
             asked_at.pop(peer, None)
             if found is None:
@@ -77,6 +78,9 @@ class Search:
             else:
                 lookup.answered(peer, found.closer, found.records)
         now = trio.current_time()
+        if now - wake_at > OVERSLEPT_S:  # we stood still ourselves: their answers may be there, unread
+            for peer in asked_at:
+                asked_at[peer] += now - wake_at
         for peer, at in tuple(asked_at.items()):
             if now >= at + patience.give_up_s and len(steps_s) == 2:
                 lookup.failed(peer)

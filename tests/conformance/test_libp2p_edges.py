@@ -22,12 +22,16 @@ from libp2p import new_host
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.host.exceptions import StreamFailure
 from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection.swarm_connection import SwarmConn
+from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
 from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 from multiaddr import Multiaddr
 
 from mycel.node.libp2p_transport import Libp2pTransport, TransportLimits, open_transport
+from mycel.node.libp2p_transport.connection import Connection
+from mycel.node.libp2p_transport.dialing import Dialler
 from mycel.node.libp2p_transport.stream import FrameStream
 from mycel.protocols.errors import (
     ConfigError,
@@ -536,6 +540,68 @@ def test_the_resource_manager_of_libp2p_is_on() -> None:
     run(main)
 
 
+def test_a_connection_that_ends_while_it_is_added_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that leaves within its handshake's last step; libp2p kept it, and refused everybody after 1000."""
+    start = SwarmConn.start
+
+    async def leave_first(self: SwarmConn) -> None:
+        if self.swarm is leaving_from:
+            connection = self.muxed_conn
+            assert isinstance(connection, Connection)
+            connection.kill("it left")
+            await self.event_closed.wait()
+            for _ in range(10):  # libp2p looks for the connection in its book, where it is not yet
+                await trio.lowlevel.checkpoint()
+        await start(self)
+
+    monkeypatch.setattr(SwarmConn, "start", leave_first)
+    leaving_from = None
+
+    async def main() -> None:
+        nonlocal leaving_from
+        async with transport() as server:
+            leaving_from = server.swarm
+            for _ in range(3):
+                async with transport(listen=()) as client:
+                    client.learn(server.peer_id, server.addresses)
+                    with pytest.raises(PeerError):
+                        await client.open(server.peer_id, ECHO)
+            await eventually(lambda: not server.swarm._inbound_limiter.borrowed_tokens)
+            assert not server.swarm.get_connections()
+            assert server.swarm._resource_manager is not None
+            assert server.swarm._resource_manager._current_connections == 0
+            leaving_from = None
+            async with transport(listen=()) as client:
+                client.learn(server.peer_id, server.addresses)
+                await assert_echoes(client, server.peer_id)
+
+    run(main)
+
+
+def test_clients_that_left_are_not_remembered() -> None:
+    async def main() -> None:
+        async with transport() as server:
+            before = _sizes(server.swarm)
+            for _ in range(5):
+                async with transport(listen=()) as client:
+                    client.learn(server.peer_id, server.addresses)
+                    await assert_echoes(client, server.peer_id)
+            await eventually(lambda: not server.swarm._inbound_limiter.borrowed_tokens)
+            await eventually(lambda: _sizes(server.swarm) == before)
+
+    run(main)
+
+
+def _sizes(swarm: Swarm) -> dict[str, int]:
+    """How much each book of libp2p's swarm holds."""
+    manager = swarm._resource_manager
+    assert manager is not None
+    assert manager.connection_lifecycle is not None
+    books = (swarm, swarm.auto_connector, swarm.peerstore, manager, manager.connection_lifecycle.tracker)
+    entries = ((type(book).__name__, name, value) for book in books for name, value in vars(book).items())
+    return {f"{book}.{name}": len(value) for book, name, value in entries if isinstance(value, dict | list | set)}
+
+
 # ---- dialling -----------------------------------------------------------------------------------------------------
 
 
@@ -609,6 +675,35 @@ def test_failures_back_off_and_a_new_address_does_not_wait() -> None:
                 assert trio.current_time() - started < 0.5
 
     run(main)
+
+
+def test_a_dial_that_outlasted_our_own_standstill_is_made_again() -> None:
+    """All deadlines are over when a process goes on after a stop: a peer that is well must not look silent."""
+    n_dials = 0
+
+    async def dial(address: Multiaddr, peer: str) -> Connection:
+        nonlocal n_dials
+        n_dials += 1
+        if n_dials == 1:
+            clock = trio.lowlevel.current_clock()
+            assert isinstance(clock, trio.testing.MockClock)
+            clock.jump(60.0)
+        await trio.sleep(0.1 if n_dials == 2 else 3600.0)
+        raise ConnectionRefusedError("reached")
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            dialler = Dialler(dial, nursery.start_soon, TransportLimits())
+            dialler.learn("peer", ["/ip4/127.0.0.1/tcp/1"])
+            with pytest.raises(PeerUnreachable, match="reached"):
+                await dialler.connect("peer")
+            began = trio.current_time()
+            with pytest.raises(PeerUnreachable, match="no answer"):
+                await dialler.connect("peer")
+            assert trio.current_time() - began < 6.0, "a peer that is silent while we are awake is tried once"
+        assert n_dials == 3
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 def test_hostile_addresses_are_forgotten_not_raised() -> None:

@@ -25,6 +25,7 @@ from mycel.protocols.errors import PeerError, PeerTimeout, PeerUnreachable
 _HEAD_START_S = 0.3  # how long an address may try before the next one does, too
 _FIRST_BACK_OFF_S = 0.05
 _MAX_BACK_OFF_S = 2.0
+_OVERSLEPT_S = 0.5  # a deadline noticed so late was missed by us, not by the peer
 _DIALLED_BY = {"ip4", "ip6", "dns", "dns4", "dns6"}
 
 DialAddress = Callable[[Multiaddr, str], Awaitable[Connection]]
@@ -142,9 +143,9 @@ class Dialler:
         addresses = self._book.addresses(peer)
         if not addresses:
             raise PeerUnreachable(peer, "no address of it is known")
-        attempts = [_Attempt(address) for address in addresses]
-        with trio.move_on_after(self._limits.dial_timeout_s):
-            await self._race(peer, attempts)
+        attempts, overslept = await self._attempt_all(peer, addresses)
+        if overslept:
+            attempts, _ = await self._attempt_all(peer, addresses)
         for attempt in attempts:
             if attempt.connection is not None:
                 self._back_off.pop(peer, None)
@@ -157,6 +158,18 @@ class Dialler:
         if any(attempt.accepted and attempt.reason == "no answer" for attempt in attempts):
             raise PeerTimeout(peer, f"accepts connections but stays silent: {reasons}")
         raise PeerUnreachable(peer, f"cannot be dialled: {reasons}")
+
+    async def _attempt_all(self, peer: str, addresses: Sequence[str]) -> tuple[list[_Attempt], bool]:
+        """What became of the addresses; True if nothing did because this process stood still meanwhile.
+
+        After a stop, a suspended laptop or a machine out of memory, every deadline is over at once, before a byte of
+        what the peer answered was read.
+        """
+        attempts = [_Attempt(address) for address in addresses]
+        with trio.move_on_after(self._limits.dial_timeout_s) as patience:
+            await self._race(peer, attempts)
+        failed = all(attempt.connection is None for attempt in attempts)
+        return attempts, failed and trio.current_time() > patience.deadline + _OVERSLEPT_S
 
     async def _race(self, peer: str, attempts: Sequence[_Attempt]) -> None:
         """Start the attempts one after the other, the next when one failed or had its head start; stop at a success."""

@@ -18,6 +18,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.network.config import ConnectionConfig, RetryConfig
 from libp2p.network.connection import swarm_connection
+from libp2p.network.connection.swarm_connection import SwarmConn
 from libp2p.network.swarm import Swarm
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStore
@@ -40,7 +41,7 @@ MakeMuxer = Callable[[ISecureConn, ID], IMuxedConn]
 
 
 class ConnectionEndedError(Exception):
-    """Tells libp2p's inbound handler that it may give its slot back."""
+    """Tells libp2p that a connection is over: its inbound handler gives the slot back, a dial fails."""
 
 
 class _Upgrader(TransportUpgrader):
@@ -101,6 +102,9 @@ def new_swarm(identity: Identity, tcp: SteadyTcp, make_muxer: MakeMuxer, limits:
     swarm.set_resource_manager(manager)
     assert swarm._resource_manager is manager, "libp2p's resource manager is off"
     _release_inbound_slots(swarm)
+    _forget_stillborn(swarm)
+    # It dials nobody here (min_connections is 0), and would remember every client that ever left.
+    swarm.auto_connector.record_disconnect = _forget  # type: ignore[method-assign]
     return swarm
 
 
@@ -131,6 +135,28 @@ def _release_inbound_slots(swarm: Swarm) -> None:
         raise ConnectionEndedError
 
     swarm.upgrade_inbound_raw_conn = upgrade_and_wait  # type: ignore[method-assign]
+
+
+def _forget_stillborn(swarm: Swarm) -> None:
+    """libp2p registers a connection that closed while it was being added, and keeps it: at 1000 it refuses all."""
+    add_conn = swarm.add_conn
+
+    async def add_living(muxed_conn: IMuxedConn, direction: str = "unknown") -> SwarmConn:
+        try:
+            swarm_conn = await add_conn(muxed_conn, direction)
+        finally:
+            for known in tuple(swarm.connections.get(muxed_conn.peer_id, ())):
+                if known.is_closed:
+                    swarm.remove_conn(known)  # type: ignore[arg-type]
+        if swarm_conn.is_closed:
+            raise ConnectionEndedError("it ended while it was being added")
+        return swarm_conn
+
+    swarm.add_conn = add_living  # type: ignore[method-assign]
+
+
+def _forget(peer_id: ID) -> None:
+    """Instead of a book that is never read."""
 
 
 # ---- listening
