@@ -477,8 +477,8 @@ class _Session:
         try:
             async with self._control_lock:
                 await self.control.send(*session_codec.encode(message))
-        except PeerError:
-            self.end("the client is gone")
+        except PeerError as error:
+            self.end(error.reason)
 
 
 @dataclass(frozen=True, slots=True)
