@@ -171,7 +171,8 @@ class Conversation:
         stop = _PLAIN_STOP if self.model.codec.template is None else ()
         said = ""
         try:
-            tokens = self._prompt()
+            # A template runs in a process of its own, for as long as seconds; heartbeats must go on.
+            tokens = await trio.to_thread.run_sync(self._prompt)
             async with self.model.generate(
                 tokens, max_new_tokens=self.manner.max_tokens, stop=stop, **self.options
             ) as generation:

@@ -94,10 +94,12 @@ class Model:
     watch: SwarmWatch
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids of a prompt. Raises ConfigError for an empty one."""
+        """Token ids of a prompt. Raises ConfigError for an empty one and for tokens that the model does not have."""
         tokens = self.codec.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not tokens:
             raise ConfigError("the prompt is empty")
+        if not all(0 <= token < self.manifest.vocab_size for token in tokens):
+            raise ConfigError(f"the prompt has a token that is none of the model's {self.manifest.vocab_size}")
         return tokens
 
     @asynccontextmanager

@@ -63,6 +63,8 @@ class HopMachine:
     position: int = 0
     previous: PeerAddress = field(init=False)
     next: PeerAddress = field(init=False)
+    inbound: int = field(init=False)
+    outbound: int = field(init=False)
 
     def __post_init__(self) -> None:
         o = self.opening
@@ -78,7 +80,7 @@ class HopMachine:
             raise RemoteProtocolError("the prompt is not what the generation goes on from")
         if len(o.prompt) >= o.max_tokens:
             raise RemoteProtocolError(f"a prompt of {len(o.prompt)} tokens in a session of {o.max_tokens}")
-        self.previous, self.next = o.previous, o.next
+        self.previous, self.next, self.inbound, self.outbound = o.previous, o.next, o.inbound, o.outbound
 
     @property
     def is_first(self) -> bool:
@@ -93,9 +95,9 @@ class HopMachine:
         """Whether the chain has no other hop: nothing is pushed to anybody."""
         return self.is_first and self.is_last
 
-    def may_attach(self, peer: str) -> bool:
-        """Whether `peer` may push inputs to this session now."""
-        return peer == self.previous.peer
+    def may_attach(self, peer: str, link: int) -> bool:
+        """Whether `peer` may push inputs to this session over `link` now."""
+        return peer == self.previous.peer and link == self.inbound
 
     def accept(self, position: int, count: int) -> int:
         """Take inputs for [position, position + count): how many of them to skip because they were computed before.
@@ -112,8 +114,9 @@ class HopMachine:
         self.position += count - skip
         return skip
 
-    def relink(self, message: Relink) -> bool:
-        """Take the new neighbours; whether `previous` changed, so that whoever is attached must go."""
-        changed = message.previous.peer != self.previous.peer
+    def relink(self, message: Relink) -> tuple[bool, bool]:
+        """Take the new neighbours; whether the link from the previous hop and the one to the next are new ones."""
+        changed = message.inbound != self.inbound, message.outbound != self.outbound
         self.previous, self.next = message.previous, message.next
+        self.inbound, self.outbound = message.inbound, message.outbound
         return changed

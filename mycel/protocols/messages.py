@@ -114,6 +114,10 @@ class OpenHop(Message, frozen=True):
     the last hop, which sends it each sampled token. `prompt` is given to the first hop alone (every token so far) and
     `generation` to the last hop alone. Hops are opened side by side: whoever is pushed to before it knows the session
     waits a while for it. A client that opens a session anew ends the one of that id before.
+
+    `inbound` and `outbound` are the client's numbers for the links from `previous` and to `next`. A link that replaces
+    another has a higher number, also between the same peers: what is still on its way from a chain that was given up
+    must not be taken for what the present one sends.
     """
 
     session: SessionId
@@ -125,6 +129,8 @@ class OpenHop(Message, frozen=True):
     next: PeerAddress
     prompt: TokenIds = ()
     generation: Generation | None = None
+    inbound: Count = 0
+    outbound: Count = 0
 
 
 class HopOpened(Message, frozen=True):
@@ -138,14 +144,16 @@ class HopRefused(Message, frozen=True):
 
 
 class Relink(Message, frozen=True):
-    """Client -> hop, after a neighbour was replaced: new neighbours.
+    """Client -> hop, after a neighbour was replaced: the neighbours and links as they are now.
 
-    With `resend`, the hop opens a link to the new `next` and sends its output history from position 0.
+    If `inbound` is another link than before, whoever is attached must go. If `outbound` is, the hop opens a link to
+    `next` and sends its output history from position 0.
     """
 
     previous: PeerAddress
     next: PeerAddress
-    resend: bool
+    inbound: Count
+    outbound: Count
 
 
 class HopTiming(Struct, frozen=True, array_like=True):
@@ -175,9 +183,10 @@ class HopFailed(Message, frozen=True):
 
 
 class Attach(Message, frozen=True):
-    """First message on a ring stream: the frames that follow belong to `session`."""
+    """First message on a ring stream: the frames that follow belong to `session` and come over the link `link`."""
 
     session: SessionId
+    link: Count = 0
 
 
 class Step(Message, frozen=True):

@@ -15,14 +15,15 @@ from mycel.swarm.routing import Hop
 
 @dataclass(frozen=True, slots=True)
 class Mend:
-    """How to get from one chain to the next: open the hops `opened`, in any order, then relink others.
+    """How to get from one chain to the next: open the hops `opened`, in any order, then relink the hops `relinked`.
 
-    `hops` is the new chain; `opened` are indices into it; `relinked` are (index, resend) pairs.
+    `hops` is the new chain, the others are indices into it; `links[i]` is the number of the link into hop i.
     """
 
     hops: tuple[Hop, ...]
+    links: tuple[int, ...]
     opened: tuple[int, ...]
-    relinked: tuple[tuple[int, bool], ...]
+    relinked: tuple[int, ...]
 
 
 def covers(hops: Sequence[Hop], start: int, end: int) -> bool:
@@ -34,20 +35,21 @@ def covers(hops: Sequence[Hop], start: int, end: int) -> bool:
     return start == end
 
 
-def mend(hops: Sequence[Hop], lost: range, replacement: Sequence[Hop]) -> Mend:
+def mend(hops: Sequence[Hop], links: Sequence[int], lost: range, replacement: Sequence[Hop], number: int) -> Mend:
     """Put `replacement` in the place of hops[lost]; with no hops yet (`lost` empty) the whole chain is new.
 
-    The neighbours of the stretch are relinked: the one before sends its history to the newcomers, the one after takes
-    inputs from them. In a ring the hop before the first is the last.
+    `links` are those of `hops`; all new links get `number`, which no attempt before had. The neighbours of the stretch
+    are relinked: the one before sends its history to the newcomers, the one after takes inputs from them. In a ring the
+    hop before the first is the last.
     """
     if hops and not covers(replacement, hops[lost.start].start, hops[lost.stop - 1].end):
         raise LocalProtocolError("the replacement does not cover the blocks that were lost")
     new = (*hops[: lost.start], *replacement, *hops[lost.stop :])
     opened = tuple(range(lost.start, lost.start + len(replacement)))
-    kept = [i for i in range(len(new)) if i not in opened]
     before, after = (lost.start - 1) % len(new), (lost.start + len(replacement)) % len(new)
-    relinked = tuple((i, i == before) for i in kept if i in (before, after))
-    return Mend(new, opened, relinked)
+    kept = [*links[: lost.start], *(number for _ in opened), *links[lost.stop :]]
+    kept[after] = number
+    return Mend(new, tuple(kept), opened, tuple(sorted({before, after} - set(opened))))
 
 
 def neighbours(hops: Sequence[Hop], index: int) -> tuple[PeerAddress, PeerAddress]:
@@ -55,10 +57,9 @@ def neighbours(hops: Sequence[Hop], index: int) -> tuple[PeerAddress, PeerAddres
     return hops[index - 1].peer, hops[(index + 1) % len(hops)].peer
 
 
-def opening(
-    hops: Sequence[Hop], index: int, session: bytes, swarm: bytes, max_tokens: int, generation: Generation
-) -> OpenHop:
+def opening(plan: Mend, index: int, session: bytes, swarm: bytes, max_tokens: int, generation: Generation) -> OpenHop:
     """The message that opens hop `index`: the first hop is told every token so far, the last how to go on."""
+    hops = plan.hops
     previous, following = neighbours(hops, index)
     return OpenHop(
         session=session,
@@ -70,9 +71,12 @@ def opening(
         next=following,
         prompt=generation.tokens if index == 0 else (),
         generation=generation if index == len(hops) - 1 else None,
+        inbound=plan.links[index],
+        outbound=plan.links[(index + 1) % len(hops)],
     )
 
 
-def relinking(hops: Sequence[Hop], index: int, resend: bool) -> Relink:
-    previous, following = neighbours(hops, index)
-    return Relink(previous, following, resend)
+def relinking(plan: Mend, index: int) -> Relink:
+    """The message that tells hop `index` its neighbours and links as they are now."""
+    previous, following = neighbours(plan.hops, index)
+    return Relink(previous, following, plan.links[index], plan.links[(index + 1) % len(plan.hops)])

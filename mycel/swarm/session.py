@@ -10,7 +10,6 @@ Ring: shell.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -69,6 +68,7 @@ class _Control:
     hop: Hop
     stream: Stream
     lost: str = ""
+    inbound: int = 0
     listening: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
@@ -97,6 +97,7 @@ class InferenceSession:
     _excluded: dict[str, tuple[float, str]] = field(default_factory=dict, init=False)
     _progress_at_s: float = field(default=0.0, init=False)
     _mends: int = field(default=0, init=False)
+    _attempts: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -196,17 +197,21 @@ class InferenceSession:
             if len(found) > len(stretch):
                 await self._give_up_chain()
                 stretch = range(0)
-            plan = mend(self.hops, stretch, chain.hops)
+            self._attempts += 1
+            links = [control.inbound for control in self._controls]
+            plan = mend(self.hops, links, stretch, chain.hops, self._attempts)
             opened = await self._open_all(plan)
             fresh = True
         self._controls[stretch.start : stretch.stop] = opened
+        for control, inbound in zip(self._controls, plan.links, strict=True):
+            control.inbound = inbound
         self._progress_at_s = trio.current_time()
         for control in opened:
             nursery.start_soon(_listen, control, heard)
-        for index, resend in plan.relinked:
+        for index in plan.relinked:
             control = self._controls[index]
             try:
-                await control.stream.send(*session_codec.encode(relinking(plan.hops, index, resend)))
+                await control.stream.send(*session_codec.encode(relinking(plan, index)))
             except PeerError as error:
                 control.lost = control.lost or error.reason
         # Last, because whoever listens may be slow, and the hops wait for their links.
@@ -253,8 +258,6 @@ class InferenceSession:
         for control in self._controls:
             await _abandon(control)
         self._controls.clear()
-        # What the old hops still have on its way to each other must not find the new ones.
-        self.session_id = hashlib.sha256(self.session_id).digest()[: len(self.session_id)]
 
     def _explain(self, error: RouteUnavailable) -> str:
         reasons = "; ".join(f"{peer[-8:]}: {reason}" for peer, (_, reason) in self._excluded.items())
@@ -269,7 +272,7 @@ class InferenceSession:
 
         async def attempt(index: int) -> None:
             try:
-                opened[index] = await self._open(plan.hops, index)
+                opened[index] = await self._open(plan, index)
             except PeerError as error:
                 self._exclude(plan.hops[index].peer.peer, error.reason)
 
@@ -285,12 +288,13 @@ class InferenceSession:
                     await _close_all(list(opened.values()))
         return [opened[index] for index in plan.opened] if complete else None
 
-    async def _open(self, hops: Sequence[Hop], index: int) -> _Control:
+    async def _open(self, plan: Mend, index: int) -> _Control:
         """Open one hop. Raises PeerError if it cannot be reached, refuses, or does not answer in time."""
-        address = hops[index].peer
+        hop = plan.hops[index]
+        address = hop.peer
         request = self.request
         generation = Generation(request.sampling, tuple(self.tokens), request.max_tokens, request.eos_token_ids)
-        message = opening(hops, index, self.session_id, self.swarm, request.max_tokens, generation)
+        message = opening(plan, index, self.session_id, self.swarm, request.max_tokens, generation)
         self.transport.learn(address.peer, address.addresses)
         with trio.move_on_after(OPEN_PATIENCE_S):
             stream = await self.transport.open(address.peer, ids.SESSION)
@@ -302,7 +306,7 @@ class InferenceSession:
                 await stream.reset()
                 raise
             if isinstance(answer, HopOpened):
-                return _Control(hops[index], stream)
+                return _Control(hop, stream)
             await stream.reset()
             if isinstance(answer, HopRefused):
                 raise PeerRefused(address.peer, answer.reason)

@@ -113,7 +113,7 @@ def targets() -> Mapping[str, Target]:
         OpenHop(bytes(16), bytes(32), 4, 8, 100, PEER, PEER, (), GENERATION),
         m.HopOpened(),
         m.HopRefused("KV memory is full"),
-        m.Relink(PEER, PEER, resend=True),
+        m.Relink(PEER, PEER, 3, 4),
         m.Sampled(41, 7, (m.HopTiming(100, 2000),) * 4, "stop"),
         m.HopFailed(PEER.peer, "connection lost"),
     )
@@ -138,7 +138,7 @@ def targets() -> Mapping[str, Target]:
     return {
         "session frames": frame_target(session_codec, session_samples),
         "ring frames": frame_target(
-            ring_codec, [*step_samples(), *frames(ring_codec, m.Attach(bytes(16)), m.NextToken(1, 2))]
+            ring_codec, [*step_samples(), *frames(ring_codec, m.Attach(bytes(16), 2), m.NextToken(1, 2))]
         ),
         "record frames": frame_target(record_codec, record_samples),
         "file frames": frame_target(file_codec, file_samples),

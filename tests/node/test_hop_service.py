@@ -13,10 +13,10 @@ import trio
 from mycel.node.hop_service import (
     ATTACH_PATIENCE_S,
     OPENING_PATIENCE_S,
-    PREFILL_CHUNK_TOKENS,
     HopLimits,
     HopService,
 )
+from mycel.node.hop_session import PREFILL_CHUNK_TOKENS
 from mycel.node.kv_budget import KVBudget
 from mycel.protocols import ids
 from mycel.protocols.codec import ring_codec, session_codec
@@ -87,7 +87,8 @@ class Rig:
         return PeerAddress(self.world.node(name).peer_id, self.world.node(name).addresses)
 
     def opening(self, start: int = 2, end: int = 6, **changes: object) -> OpenHop:
-        usual = OpenHop(SESSION, SWARM, start, end, 40, self.address("before"), self.address("after"))
+        previous, following = self.address("before"), self.address("after")
+        usual = OpenHop(SESSION, SWARM, start, end, 40, previous, following, inbound=1, outbound=1)
         return msgspec.structs.replace(usual, **changes)
 
     def _receiver(self, name: str) -> Callable[[Stream], Awaitable[None]]:
@@ -112,10 +113,14 @@ class Rig:
         assert answer == HopOpened()
         return stream
 
-    async def attach(self, name: str = "before", session: bytes = SESSION) -> Stream:
+    async def attach(self, name: str = "before", link: int = 1) -> Stream:
         stream = await self.world.node(name).open(self.hop.peer_id, ids.RING)
-        await stream.send(*ring_codec.encode(Attach(session)))
+        await stream.send(*ring_codec.encode(Attach(SESSION, link)))
         return stream
+
+    async def relink(self, control: Stream, previous: str, following: str, inbound: int, outbound: int) -> None:
+        message = Relink(self.address(previous), self.address(following), inbound, outbound)
+        await control.send(*session_codec.encode(message))
 
     def positions(self, name: str = "after") -> list[int]:
         return [
@@ -301,7 +306,7 @@ def test_inputs_become_outputs() -> None:
         await push(link, 0, 4)
         await push(link, 4, 1)
         await trio.sleep(1)
-        assert rig.received[0] == ("after", Attach(SESSION))
+        assert rig.received[0] == ("after", Attach(SESSION, 1))
         assert rig.positions() == [0, 4]
         assert torch.equal(torch.cat(rig.hidden), outputs(5))
         assert [len(message.timings) for _, message in rig.received[1:]] == [1, 1]
@@ -399,7 +404,7 @@ def test_a_client_that_says_anything_but_relink_ends_its_session(message: Messag
 def test_a_client_cannot_link_a_hop_to_itself() -> None:
     async def scenario(rig: Rig) -> None:
         control = await rig.opened()
-        await control.send(*session_codec.encode(Relink(rig.address("before"), rig.address("hop"), resend=True)))
+        await rig.relink(control, "before", "hop", 1, 2)
         assert await ended(control) == ""
         assert not rig.service.sessions
 
@@ -530,14 +535,54 @@ def test_a_second_link_of_the_previous_hop_replaces_the_first() -> None:
     run(scenario)
 
 
+@pytest.mark.parametrize("stale_comes", ["before the session", "before the link", "after the link"])
+def test_a_link_of_a_chain_that_was_given_up_disturbs_no_later_one(stale_comes: str) -> None:
+    """The client tried the same two hops before. What the first of them sent then is still on its way."""
+
+    async def scenario(rig: Rig) -> None:
+        async def come_late() -> Stream:
+            stale = await rig.attach(link=1)
+            await push(stale, 0, 1)
+            return stale
+
+        stale = await come_late() if stale_comes == "before the session" else None
+        waiting = await rig.attach(link=2)
+        await rig.opened(rig.opening(inbound=2))
+        if stale_comes == "before the link":
+            stale = await come_late()
+        await push(waiting, 0, 3)
+        await trio.sleep(1)
+        stale = stale or await come_late()
+        assert await ended(stale) != ""
+        await push(waiting, 3, 2)
+        await trio.sleep(1)
+        assert rig.positions() == [0, 3]
+
+    run(scenario)
+
+
+def test_the_next_hop_is_told_which_link_it_is() -> None:
+    async def scenario(rig: Rig) -> None:
+        control = await rig.opened(rig.opening(outbound=4))
+        await push(await rig.attach(), 0, 1)
+        await trio.sleep(1)
+        await rig.relink(control, "before", "after", 1, 6)  # the same hop, opened anew
+        await trio.sleep(1)
+        attached = [message for _, message in rig.received if isinstance(message, Attach)]
+        assert attached == [Attach(SESSION, 4), Attach(SESSION, 6)]
+        assert rig.positions() == [0, 0]
+
+    run(scenario)
+
+
 def test_another_previous_hop_replaces_the_one_before() -> None:
     async def scenario(rig: Rig) -> None:
         control = await rig.opened()
         old = await rig.attach()
         await push(old, 0, 3)
-        await control.send(*session_codec.encode(Relink(rig.address("stranger"), rig.address("after"), resend=False)))
+        await rig.relink(control, "stranger", "after", 2, 1)
         assert await ended(old) == ""
-        await push(await rig.attach("stranger"), 0, 4)
+        await push(await rig.attach("stranger", 2), 0, 4)
         await trio.sleep(1)
         assert rig.positions() == [0, 3]
         late = await rig.attach()
@@ -554,7 +599,7 @@ def test_a_new_next_hop_gets_everything_from_the_beginning() -> None:
             await push(link, position, 1)
         await trio.sleep(1)
         rig.hidden.clear()
-        await control.send(*session_codec.encode(Relink(rig.address("before"), rig.address("stranger"), resend=True)))
+        await rig.relink(control, "before", "stranger", 1, 2)
         await push(link, 4, 1)
         await trio.sleep(1)
         assert rig.positions("after") == [0, 1, 2, 3]
@@ -577,7 +622,7 @@ def test_inputs_that_come_while_the_next_hop_is_lost_wait_for_another() -> None:
         await push(link, 2, 2)
         await push(link, 4, 1)
         await trio.sleep(1)
-        await control.send(*session_codec.encode(Relink(rig.address("before"), rig.address("stranger"), resend=True)))
+        await rig.relink(control, "before", "stranger", 1, 2)
         await trio.sleep(1)
         assert rig.positions("stranger") == [0, 2, 4]
 
@@ -604,7 +649,7 @@ def test_a_next_hop_that_takes_nothing_more_is_let_go_of_when_the_client_says_so
         waits = rig.service.sessions[SESSION].log.pending()
         assert waits is not None
         assert waits.position > 0
-        await control.send(*session_codec.encode(Relink(rig.address("before"), rig.address("stranger"), resend=True)))
+        await rig.relink(control, "before", "stranger", 1, 2)
         await trio.sleep(60)
         assert rig.positions("stranger") == list(range(0, 1000, 50))
         assert torch.equal(torch.cat(rig.hidden), outputs(1000))
@@ -626,8 +671,8 @@ def test_inputs_that_wait_behind_a_stuck_resend_do_not_overtake_the_next_one() -
         for position in range(0, 500, 50):
             await push(link, position, 50)
         await trio.sleep(5)
-        for name in ("stranger", "after"):
-            await control.send(*session_codec.encode(Relink(rig.address("before"), rig.address(name), resend=True)))
+        for outbound, name in enumerate(("stranger", "after"), start=2):
+            await rig.relink(control, "before", name, 1, outbound)
             await trio.sleep(1)
             if name == "stranger":
                 await push(link, 500, 50)
@@ -645,7 +690,7 @@ def test_a_link_that_is_still_being_opened_to_the_old_next_hop_is_let_go_of() ->
         link = await rig.attach()
         await push(link, 0, 2)
         await trio.sleep(1)
-        await control.send(*session_codec.encode(Relink(rig.address("before"), rig.address("stranger"), resend=True)))
+        await rig.relink(control, "before", "stranger", 1, 2)
         await trio.sleep(10)
         await push(link, 2, 2)
         await trio.sleep(1)
@@ -662,10 +707,10 @@ def test_what_a_replaced_hop_sent_still_becomes_an_output() -> None:
         control = await rig.opened()
         await push(await rig.attach(), 0, 3)
         await trio.sleep(1)
-        await control.send(*session_codec.encode(Relink(rig.address("stranger"), rig.address("after"), resend=False)))
+        await rig.relink(control, "stranger", "after", 2, 1)
         await trio.sleep(20)
         assert rig.positions() == [0]
-        await push(await rig.attach("stranger"), 0, 4)
+        await push(await rig.attach("stranger", 2), 0, 4)
         await trio.sleep(20)
         assert rig.positions() == [0, 3]
         assert torch.equal(torch.cat(rig.hidden), outputs(4))
@@ -722,7 +767,7 @@ def test_a_last_hop_says_its_newest_token_again_to_who_may_have_missed_it() -> N
     async def scenario(rig: Rig) -> None:
         await rig.opened(rig.opening(2, 8, generation=GENERATION))
         await trio.sleep(1)
-        assert rig.received == [("after", Attach(SESSION)), ("after", NextToken(len(PROMPT) - 1, PROMPT[-1]))]
+        assert rig.received == [("after", Attach(SESSION, 1)), ("after", NextToken(len(PROMPT) - 1, PROMPT[-1]))]
 
     run(scenario, span=ToySpan(2, 8, N_BLOCKS))
 

@@ -66,13 +66,14 @@ class HopUnderAnyOrder(RuleBasedStateMachine):
     @rule(previous=peers, following=peers)
     def relink(self, previous: PeerAddress, following: PeerAddress) -> None:
         """The next hop is a new one, that knows nothing yet."""
-        changed = self.machine.relink(Relink(previous, following, resend=True))
+        links = self.machine.inbound + 1, self.machine.outbound + 1
+        assert not self.machine.may_attach(previous.peer, links[0])
+        assert self.machine.relink(Relink(previous, following, *links)) == (True, True)
         self.log.rewind()
         self.received, self.next_machine = [], HopMachine(opening(), 3)
-        assert self.machine.may_attach(previous.peer)
-        assert [p.peer for p in PEERS if self.machine.may_attach(p.peer)] == [previous.peer]
-        assert not self.machine.relink(Relink(previous, following, resend=False)), "the same again changes nothing"
-        assert isinstance(changed, bool)
+        assert [p.peer for p in PEERS if self.machine.may_attach(p.peer, links[0])] == [previous.peer]
+        assert not any(self.machine.may_attach(p.peer, links[0] - 1) for p in PEERS), "the link before is over"
+        assert self.machine.relink(Relink(previous, following, *links)) == (False, False), "the same changes nothing"
 
     @invariant()
     def one_row_without_holes(self) -> None:

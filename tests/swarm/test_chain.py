@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mycel.protocols.errors import LocalProtocolError
 from mycel.protocols.hop import HopMachine
 from mycel.protocols.messages import Generation, OpenHop, PeerAddress, Relink, SamplingParams
-from mycel.swarm.chain import covers, mend, neighbours, opening, relinking
+from mycel.swarm.chain import Mend, covers, mend, neighbours, opening, relinking
 from mycel.swarm.routing import Hop
 
 N_BLOCKS = 12
@@ -35,10 +35,23 @@ def repairs(draw: st.DrawFn) -> tuple[tuple[Hop, ...], range, tuple[Hop, ...]]:
     return hops, range(first, last + 1), draw(rows(hops[first].start, hops[last].end, "new"))
 
 
+def links_of(hops: tuple[Hop, ...]) -> tuple[int, ...]:
+    """Numbers of links that came about one after the other."""
+    return tuple(range(1, len(hops) + 1))
+
+
+def ends(plan: Mend, index: int) -> tuple[tuple[str, int], tuple[str, int]]:
+    """(neighbour, link) before hop `index` and after it."""
+    following = (index + 1) % len(plan.hops)
+    previous, next_ = neighbours(plan.hops, index)
+    return (previous.peer, plan.links[index]), (next_.peer, plan.links[following])
+
+
 @given(rows(0, N_BLOCKS, "p"))
 def test_the_first_chain_is_opened_whole(hops: tuple[Hop, ...]) -> None:
-    plan = mend((), range(0), hops)
+    plan = mend((), (), range(0), hops, 7)
     assert plan.hops == hops
+    assert plan.links == (7,) * len(hops)
     assert plan.opened == tuple(range(len(hops)))
     assert plan.relinked == ()
 
@@ -46,44 +59,43 @@ def test_the_first_chain_is_opened_whole(hops: tuple[Hop, ...]) -> None:
 @given(repairs())
 def test_a_mended_chain_covers_and_disturbs_its_neighbours_alone(repair) -> None:
     hops, lost, replacement = repair
-    plan = mend(hops, lost, replacement)
+    before = Mend(hops, links_of(hops), (), ())
+    plan = mend(hops, before.links, lost, replacement, 99)
     assert covers(plan.hops, 0, N_BLOCKS)
     assert [plan.hops[i] for i in plan.opened] == list(replacement)
-    relinked = [i for i, _ in plan.relinked]
-    assert len(relinked) == len(set(relinked)) <= 2
-    assert not set(relinked) & set(plan.opened)
+    assert len(plan.relinked) == len(set(plan.relinked)) <= 2
+    assert not set(plan.relinked) & set(plan.opened)
 
-    before = {hop.peer.peer: neighbours(hops, i) for i, hop in enumerate(hops)}
+    had = {hop.peer.peer: ends(before, i) for i, hop in enumerate(hops)}
     for index, hop in enumerate(plan.hops):
-        previous, following = neighbours(plan.hops, index)
-        assert previous == plan.hops[index - 1].peer
-        assert following == plan.hops[(index + 1) % len(plan.hops)].peer
+        has = ends(plan, index)
         if index in plan.opened:
+            assert {link for _, link in has} == {99}, "all links of a newcomer are new"
             continue
-        changed = before[hop.peer.peer] != (previous, following)
-        assert changed == (index in relinked), "who has new neighbours hears of it, and nobody else"
-        resend = dict(plan.relinked).get(index, False)
-        assert resend == (before[hop.peer.peer][1] != following), "who has a new next hop sends all again"
+        assert (had[hop.peer.peer] != has) == (index in plan.relinked), "who has new ends hears of it, nobody else"
+        for was, is_now in zip(had[hop.peer.peer], has, strict=True):
+            assert (was[0] == is_now[0]) == (was[1] == is_now[1]), "a link is new if its other end is"
 
 
 @given(repairs())
-def test_neighbours_agree_about_each_other(repair) -> None:
+def test_neighbours_agree_about_each_other_and_their_link(repair) -> None:
     hops, lost, replacement = repair
-    plan = mend(hops, lost, replacement)
+    plan = mend(hops, links_of(hops), lost, replacement, 99)
     messages: list[OpenHop | Relink] = []
-    kept = dict(plan.relinked)
     for index in range(len(plan.hops)):
         if index in plan.opened:
-            message = opening(plan.hops, index, bytes(16), bytes(32), 20, GENERATION)
+            message = opening(plan, index, bytes(16), bytes(32), 20, GENERATION)
             HopMachine(message, N_BLOCKS)  # a hop accepts it
             assert bool(message.prompt) == (index == 0)
             assert (message.generation is not None) == (index == len(plan.hops) - 1)
             messages.append(message)
         else:
-            messages.append(relinking(plan.hops, index, kept.get(index, False)))
+            messages.append(relinking(plan, index))
     for index, message in enumerate(messages):
+        following = messages[(index + 1) % len(messages)]
         assert message.next == plan.hops[(index + 1) % len(plan.hops)].peer
-        assert messages[(index + 1) % len(messages)].previous == plan.hops[index].peer
+        assert following.previous == plan.hops[index].peer
+        assert message.outbound == following.inbound
 
 
 @given(repairs(), st.sampled_from(["short", "gap", "none"]))
@@ -96,7 +108,7 @@ def test_a_replacement_that_does_not_fit_is_our_bug(repair, flaw: str) -> None:
         "none": (),
     }[flaw]
     with pytest.raises(LocalProtocolError):
-        mend(hops, lost, wrong)
+        mend(hops, links_of(hops), lost, wrong, 99)
 
 
 @given(rows(2, 9, "p"))
@@ -113,10 +125,12 @@ def test_covering_is_exact(hops: tuple[Hop, ...]) -> None:
 def test_a_hop_alone_is_its_own_neighbour() -> None:
     (hop,) = hops = (Hop(PeerAddress("p"), 0, 4),)
     assert neighbours(hops, 0) == (hop.peer, hop.peer)
-    assert mend(hops, range(1), (Hop(PeerAddress("q"), 0, 4),)).relinked == ()
+    assert mend(hops, (1,), range(1), (Hop(PeerAddress("q"), 0, 4),), 2).relinked == ()
 
 
 def test_of_two_the_one_that_stays_is_both_neighbours() -> None:
     hops = (Hop(PeerAddress("p"), 0, 4), Hop(PeerAddress("q"), 4, 8))
-    assert mend(hops, range(1), (Hop(PeerAddress("r"), 0, 4),)).relinked == ((1, True),)
-    assert mend(hops, range(1, 2), (Hop(PeerAddress("r"), 4, 8),)).relinked == ((0, True),)
+    plan = mend(hops, (1, 1), range(1), (Hop(PeerAddress("r"), 0, 4),), 2)
+    assert (plan.relinked, plan.links) == ((1,), (2, 2))
+    plan = mend(hops, (1, 1), range(1, 2), (Hop(PeerAddress("r"), 4, 8),), 2)
+    assert (plan.relinked, plan.links) == ((0,), (2, 2))
