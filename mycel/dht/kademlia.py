@@ -83,7 +83,8 @@ class Kademlia:
         self._search = Search(self._questions, self._calls, self.table, params.patience)
         self._nursery: trio.Nursery | None = None
         self._bootstrap: tuple[PeerAddress, ...] = ()
-        self._own: dict[bytes, tuple[SignedRecord, float]] = {}  # our records and when (unix time) to repeat them
+        # Our records, when (unix time) to repeat them, and who was nearest to their keys when they were last given out.
+        self._own: dict[bytes, tuple[SignedRecord, float, frozenset[str]]] = {}
         self._n_refreshes = 0
 
     # ---- the port --------------------------------------------------------------------------------------------------
@@ -91,15 +92,15 @@ class Kademlia:
     async def put(self, record: SignedRecord) -> int:
         """Store a record with the peers nearest to its key; the number of peers that now hold it, this one included.
 
-        Our own records are repeated to whoever is nearest every third of their lifetime. Raises LocalProtocolError for
-        a record that is not valid.
+        Our own records are repeated every third of their lifetime, and to newcomers near the key within tick_s.
+        Raises LocalProtocolError for a record that is not valid.
         """
         try:
             check_record(record, self._clock(), self.params.store.max_ttl_s)
         except RemoteProtocolError as error:
             raise LocalProtocolError(f"not stored: {error.reason}") from None
         if record.writer == self._own_peer:
-            mine, _ = self._own.get(record.key, (record, 0.0))
+            mine = self._own[record.key][0] if record.key in self._own else record
             if newer(mine, record) == record:
                 self._schedule(record)
         return await self._replicate(record)
@@ -169,17 +170,22 @@ class Kademlia:
 
     def _repeat_own(self, nursery: trio.Nursery) -> None:
         now = self._clock()
-        for key, (record, due) in tuple(self._own.items()):
+        for key, (record, due, nearest) in tuple(self._own.items()):
             if record.expires_at <= now:
                 del self._own[key]
-            elif due <= now:
+            elif due <= now or self._nearest(key) - nearest:  # a newcomer may be asked before it is told
                 self._schedule(record)
                 nursery.start_soon(self._replicate, record)
 
     def _schedule(self, record: SignedRecord) -> None:
-        """Remember a record of ours, to be repeated after a third of what is left of it."""
+        """Remember a record of ours, to be repeated after a third of what is left of it, or to new holders."""
         now = self._clock()
-        self._own[record.key] = (record, now + max(self.params.tick_s, (record.expires_at - now) / 3))
+        due = now + max(self.params.tick_s, (record.expires_at - now) / 3)
+        self._own[record.key] = (record, due, self._nearest(record.key))
+
+    def _nearest(self, key: bytes) -> frozenset[str]:
+        """The peers that should hold the records under `key`, as far as this node knows."""
+        return frozenset(address.peer for address in self.table.closest(key, self.params.replicas))
 
     async def _refresh_for_ever(self) -> None:
         due = self._next_refresh()
@@ -247,10 +253,13 @@ class Kademlia:
         params = self.params
         enough = params.enough_replicas if want_records else 0
         limits = LookupLimits(wanted=params.replicas, parallel=params.parallel, enough_replicas=enough)
+        if (tasks := self._nursery) is not None:
+            lookup = Lookup(key, self._own_peer, limits, self.table.closest(key, 2 * params.replicas))
+            await self._search.run(lookup, tasks, want_records=want_records)
+            if self._nursery is tasks:
+                return lookup
+        # Not running, or not any more, which ended the questions: the last word of a node still has to get out.
         lookup = Lookup(key, self._own_peer, limits, self.table.closest(key, 2 * params.replicas))
-        if self._nursery is not None:
-            return await self._search.run(lookup, self._nursery, want_records=want_records)
-        # Not running: the last word of a node that shuts down still has to get out.
         async with trio.open_nursery() as nursery:
             await self._search.run(lookup, nursery, want_records=want_records)
             nursery.cancel_scope.cancel()

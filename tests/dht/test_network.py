@@ -187,6 +187,17 @@ def test_the_writer_repeats_its_words_to_new_holders() -> None:
     simulate(scenario)
 
 
+def test_a_newcomer_is_told_at_once() -> None:
+    async def scenario(world: World, net: Net) -> None:
+        await net.grow(3)
+        await net.directories["n1"].announce(serving(0, 1), ttl_s=60.0)
+        await net.add("late")
+        await trio.sleep(2.0)  # not the twenty of the next repetition
+        assert [record.writer for record in net.stores["late"].held.get(KEY, world.unix_time_s())]
+
+    simulate(scenario)
+
+
 def test_a_restarted_node_is_believed_again() -> None:
     async def scenario(world: World, net: Net) -> None:
         await net.grow(6)
