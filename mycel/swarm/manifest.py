@@ -61,6 +61,7 @@ DTYPES: Mapping[str, tuple[str, int]] = {
 SMALL_FILES = frozenset(
     {
         "LICENSE",
+        "LICENSE-PSF.txt",
         "LICENSE.md",
         "LICENSE.txt",
         "NOTICE",
