@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import trio
 
-from mycel.cli.common import cache_dir, data_dir_option, find_invite, invite_option, say
+from mycel.cli.common import cache_dir, data_dir_option, find_invite, invite_option, say, timeout_option
 from mycel.cli.sampling_options import sampling_options, sampling_params
 
 if TYPE_CHECKING:
@@ -50,14 +50,7 @@ class Manner:
 )
 @sampling_options
 @click.option("--show-route", is_flag=True, help="After each answer, show the nodes that gave it.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0.1, 86400),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait without progress.",
-)
+@timeout_option
 @invite_option
 @data_dir_option
 @click.pass_context

@@ -173,6 +173,17 @@ def invite_option(command: F) -> F:
     )(command)
 
 
+def timeout_option(command: F) -> F:
+    return click.option(
+        "--timeout",
+        type=click.FloatRange(0.1, 86400),
+        default=60.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="How long to wait without progress.",
+    )(command)
+
+
 def data_dir_option(command: F) -> F:
     return click.option(
         "--data-dir",

@@ -29,6 +29,11 @@ class Commands(click.Group):
             return None
         command = getattr(import_module(f"mycel.cli.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
+        for option in command.params:
+            if isinstance(option, click.Option) and option.envvar is None:
+                # click would take the name of the parameter (DIRECTORY, AS_JSON) where people read --dir and --json.
+                shown = max(option.opts, key=len).lstrip("-").replace("-", "_")
+                option.envvar = f"MYCEL_{cmd_name}_{shown}".upper()
         return command
 
     def invoke(self, ctx: click.Context) -> object:
@@ -78,11 +83,11 @@ def _forget_stdout() -> None:
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "MYCEL", "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Every option can be set by the environment, too: MYCEL_<COMMAND>_<OPTION>, as in MYCEL_RUN_MAX_TOKENS=50.",
 )
 @click.version_option(__version__, prog_name="mycel", message="%(prog)s %(version)s")
-@click.option("--debug", is_flag=True, help="Show a traceback with every error.")
+@click.option("--debug", is_flag=True, envvar="MYCEL_DEBUG", help="Show a traceback with every error.")
 def cli(debug: bool) -> None:
     """Large language models on a network of small machines.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import trio
 
-from mycel.cli.common import cache_dir, data_dir_option, find_invite, invite_option, say, write
+from mycel.cli.common import cache_dir, data_dir_option, find_invite, invite_option, say, timeout_option, write
 from mycel.cli.sampling_options import sampling_options, sampling_params
 
 if TYPE_CHECKING:
@@ -46,14 +46,7 @@ class Wish:
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be repeated.")
 @click.option("--show-route", is_flag=True, help="Show the nodes that answered, and where the time went.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object for each prompt, at the end.")
-@click.option(
-    "--timeout",
-    type=click.FloatRange(0.1, 86400),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long to wait without progress.",
-)
+@timeout_option
 @invite_option
 @data_dir_option
 def run(  # noqa: PLR0913  one parameter for each option
