@@ -27,16 +27,20 @@ _Block = Annotated[int, Meta(ge=0, le=MAX_BLOCKS)]
 
 
 class Announcement(Struct, frozen=True, array_like=True):
-    """A peer serves blocks [start, end) of a swarm; `state` "leaving" means that it takes no new session.
+    """A peer serves blocks [start, end) of a swarm.
+
+    `state`: "serving" takes sessions; "joining" will, once it has fetched and loaded them (so that others who choose a
+    span count on it); "leaving" takes no new session.
 
     block_time_s: compute of one decode token through one block; overhead_s: the rest of a step; queue_s: expected wait.
     kv_free_tokens of kv_total_tokens: token positions of KV memory for the whole span. rtts: (peer id, seconds).
+    link_bytes_per_s: the best rate measured between this peer and another, 0 if none was measured yet.
     """
 
     swarm: Key
     start: _Block
     end: _Block
-    state: Literal["serving", "leaving"] = "serving"
+    state: Literal["serving", "joining", "leaving"] = "serving"
     addresses: Annotated[tuple[_Address, ...], Meta(max_length=MAX_ADDRESSES)] = ()
     block_time_s: Seconds = 0.0
     overhead_s: Seconds = 0.0
@@ -46,6 +50,7 @@ class Announcement(Struct, frozen=True, array_like=True):
     queue_s: Seconds = 0.0
     rtts: Annotated[tuple[tuple[_Peer, Seconds], ...], Meta(max_length=MAX_RTTS)] = ()
     version: _Version = ""
+    link_bytes_per_s: Annotated[float, Meta(ge=0.0, le=1e13)] = 0.0
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -80,7 +85,7 @@ def _check(announcement: Announcement) -> None:
         raise RemoteProtocolError(f"announced span {announcement.start}:{announcement.end} is empty")
     if announcement.kv_free_tokens > announcement.kv_total_tokens:
         raise RemoteProtocolError("announced more free KV memory than there is")
-    numbers = (announcement.block_time_s, announcement.overhead_s, announcement.queue_s)
+    numbers = (announcement.block_time_s, announcement.overhead_s, announcement.queue_s, announcement.link_bytes_per_s)
     if not all(map(math.isfinite, numbers + tuple(rtt_s for _, rtt_s in announcement.rtts))):
         raise RemoteProtocolError("announced a number that is not finite")
     if len({peer for peer, _ in announcement.rtts}) != len(announcement.rtts):

@@ -20,6 +20,9 @@ class NodeConfig:
 
     `blocks` is a span to serve whatever the swarm needs, `max_blocks` and `memory_bytes` bound the choice. `dtype` is
     what a founder computes in: "auto", "float32", "bfloat16" or "float16"; a joiner takes the swarm's.
+
+    `announce` are the addresses that others are told, in place of those listened on. `network` is the engine: "libp2p",
+    "p2pd" or "auto". `shape` makes every link worse on purpose (see swarm/chaos.py). `leave_s` bounds a planned exit.
     """
 
     data_dir: Path
@@ -35,3 +38,7 @@ class NodeConfig:
     ttl_s: float = TTL_S
     mdns: bool = False
     invite_lifetime_s: float = 7 * DAY_S
+    announce: tuple[str, ...] = ()
+    network: str = "auto"
+    shape: str = ""
+    leave_s: float = 30.0

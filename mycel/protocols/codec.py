@@ -16,7 +16,15 @@ from typing import Annotated, Any, Generic, TypeVar
 import msgspec
 
 from mycel.protocols.errors import LocalProtocolError, RemoteProtocolError
-from mycel.protocols.messages import FileMessage, Message, RecordMessage, RingMessage, SessionMessage
+from mycel.protocols.messages import (
+    FileMessage,
+    HandoverMessage,
+    Message,
+    ReachMessage,
+    RecordMessage,
+    RingMessage,
+    SessionMessage,
+)
 from mycel.protocols.wire import TensorHeader, WireTensor, padded
 
 MAX_HEADER_BYTES = 12 * 1024 * 1024
@@ -85,4 +93,6 @@ class Codec(Generic[M]):
 record_codec: Codec[RecordMessage] = Codec(RecordMessage, "records")
 session_codec: Codec[SessionMessage] = Codec(SessionMessage, "session")
 ring_codec: Codec[RingMessage] = Codec(RingMessage, "ring")
+handover_codec: Codec[HandoverMessage] = Codec(HandoverMessage, "handover")
+reach_codec: Codec[ReachMessage] = Codec(ReachMessage, "reach")
 file_codec: Codec[FileMessage] = Codec(FileMessage, "files")

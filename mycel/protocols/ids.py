@@ -6,6 +6,8 @@ Ring: pure.
 from __future__ import annotations
 
 RECORDS = "/mycel/records/1"
-SESSION = "/mycel/session/1"
-RING = "/mycel/ring/1"
+SESSION = "/mycel/session/2"
+RING = "/mycel/ring/2"
+HANDOVER = "/mycel/handover/1"
+REACH = "/mycel/reach/1"
 FILES = "/mycel/files/1"

@@ -118,6 +118,9 @@ class OpenHop(Message, frozen=True):
     `inbound` and `outbound` are the client's numbers for the links from `previous` and to `next`. A link that replaces
     another has a higher number, also between the same peers: what is still on its way from a chain that was given up
     must not be taken for what the present one sends.
+
+    `giver` is a peer that may hand the session's state over to this hop ("": nobody). A hop with a giver takes no
+    inputs before the giver has said what it gives, or is gone.
     """
 
     session: SessionId
@@ -131,6 +134,7 @@ class OpenHop(Message, frozen=True):
     generation: Generation | None = None
     inbound: Count = 0
     outbound: Count = 0
+    giver: Annotated[str, Meta(max_length=128)] = ""
 
 
 class HopOpened(Message, frozen=True):
@@ -144,16 +148,43 @@ class HopRefused(Message, frozen=True):
 
 
 class Relink(Message, frozen=True):
-    """Client -> hop, after a neighbour was replaced: the neighbours and links as they are now.
+    """Client -> hop, when its neighbours change: the neighbours and links as they are from now on.
 
     If `inbound` is another link than before, whoever is attached must go. If `outbound` is, the hop opens a link to
-    `next` and sends its output history from position 0.
+    `next` and sends what that peer lacks of its output history.
+
+    With `spare` the hop also sends everything to that peer, over link `spare_link` and beside its link to `next`: so a
+    successor is filled while the one before goes on. A later Relink whose `outbound` is that number makes the spare
+    link the link to `next`, as it stands; one without `spare` gives it up.
     """
 
     previous: PeerAddress
     next: PeerAddress
     inbound: Count
     outbound: Count
+    spare: PeerAddress | None = None
+    spare_link: Count = 0
+
+
+class AskProgress(Message, frozen=True):
+    """Client -> hop: how far are you? Answered at once, or with `position` as soon as the inputs before it are there.
+
+    Of several unanswered questions of one session only the newest with a position is kept.
+    """
+
+    position: Count = 0
+
+
+class Progress(Message, frozen=True):
+    """Hop -> client: the next input expected, and the end of what the present outbound link has been given.
+
+    Both are positions. `busy_us` is how long the step that is being computed has been computed or waited for the
+    processor, 0 if there is none; it counts as received.
+    """
+
+    received: Count
+    given: Count
+    busy_us: Count = 0
 
 
 class HopTiming(Struct, frozen=True, array_like=True):
@@ -179,6 +210,66 @@ class HopFailed(Message, frozen=True):
     reason: Reason
 
 
+class Leaving(Message, frozen=True):
+    """Hop -> client: this node leaves. It goes on as before until it is replaced, for at most `within_s`."""
+
+    within_s: Seconds
+
+
+class HandOver(Message, frozen=True):
+    """Client -> leaving hop: give the session's state to `taker`, whose hop is open and names this one as its giver."""
+
+    taker: PeerAddress
+
+
+class HandedOver(Message, frozen=True):
+    """Leaving hop -> client: the taker has the state of positions [0, position).
+
+    0 if it was not given, because replaying is quicker or because it went wrong: `reason` says which, with the figures.
+    """
+
+    position: Count
+    reason: Reason
+
+
+# ---- handing a session over: leaving hop -> its successor, on a stream of its own ------------------------------------
+
+
+class GiveState(Message, frozen=True):
+    """Giver -> taker, first: the state of `session` before `position` follows, in parts of `size_bytes` together.
+
+    Position 0 says that nothing follows: the taker gets the history from its neighbour.
+    """
+
+    session: SessionId
+    position: Count
+    size_bytes: Annotated[int, Meta(ge=0, le=2**50)] = 0
+
+
+class StatePart(Message, frozen=True):
+    """Giver -> taker: attached tensors that begin at token `position`.
+
+    `block` >= 0: keys [H, T, D] and values [H, T, D] of that block of the model. `block` -1: hidden states [T, D] that
+    the hop put out. Each row is given once, in order of position for each block.
+    """
+
+    block: Annotated[int, Meta(ge=-1, lt=MAX_BLOCKS)]
+    position: Count
+
+
+class StateTaken(Message, frozen=True):
+    """Taker -> giver: so many bytes of tensors have arrived and fit; `position` is set once all of the state is in."""
+
+    size_bytes: Annotated[int, Meta(ge=0, le=2**50)]
+    position: Count = 0
+
+
+class StateRefused(Message, frozen=True):
+    """Taker -> giver, or giver -> taker: no more of it (the state does not fit; it is quicker to replay)."""
+
+    reason: Reason
+
+
 # ---- the ring: hop -> next hop, one stream per session and link -----------------------------------------------------
 
 
@@ -187,6 +278,12 @@ class Attach(Message, frozen=True):
 
     session: SessionId
     link: Count = 0
+
+
+class Attached(Message, frozen=True):
+    """Receiver -> sender, the answer to Attach and all that is said that way: the first position that is lacking."""
+
+    position: Count
 
 
 class Step(Message, frozen=True):
@@ -233,8 +330,46 @@ class NotHere(Message, frozen=True):
     reason: Reason
 
 
+# ---- reachability: "can you dial me?" --------------------------------------------------------------------------------
+
+
+class DialMe(Message, frozen=True):
+    """Ask a peer to dial these addresses of ours; it dials only those on the host that it sees us come from."""
+
+    addresses: Annotated[tuple[Multiaddr, ...], Meta(max_length=8)]
+
+
+class DialResult(Struct, frozen=True, array_like=True):
+    """What came of dialling one address: "" if we were found there, else why not."""
+
+    address: Multiaddr
+    failure: Reason = ""
+
+
+class Dialled(Message, frozen=True):
+    """What came of each address; `observed`: where we were seen to come from; `unix_time_s`: the peer's clock."""
+
+    results: Annotated[tuple[DialResult, ...], Meta(max_length=8)]
+    observed: Annotated[str, Meta(max_length=256)]
+    unix_time_s: UnixTime
+
+
 RecordMessage = FindRecords | Found | StoreRecord | Stored
-SessionMessage = OpenHop | HopOpened | HopRefused | Relink | Sampled | HopFailed
-RingMessage = Attach | Step | NextToken
+SessionMessage = (
+    OpenHop
+    | HopOpened
+    | HopRefused
+    | Relink
+    | AskProgress
+    | Progress
+    | Sampled
+    | HopFailed
+    | Leaving
+    | HandOver
+    | HandedOver
+)
+RingMessage = Attach | Attached | Step | NextToken
+HandoverMessage = GiveState | StatePart | StateTaken | StateRefused
+ReachMessage = DialMe | Dialled
 FileMessage = GetManifest | ManifestBytes | GetFile | FileChunk | NotHere
-AnyMessage = RecordMessage | SessionMessage | RingMessage | FileMessage
+AnyMessage = RecordMessage | SessionMessage | RingMessage | HandoverMessage | ReachMessage | FileMessage

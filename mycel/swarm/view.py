@@ -41,6 +41,7 @@ class PeerView:
     rtts: tuple[tuple[str, float], ...]
     seq: int
     expires_at: float
+    link_bytes_per_s: float = 0.0
 
     @property
     def address(self) -> PeerAddress:
@@ -50,6 +51,11 @@ class PeerView:
     def serving(self) -> bool:
         """Whether it takes new sessions."""
         return self.state == "serving"
+
+    @property
+    def staying(self) -> bool:
+        """Whether it serves its span or is about to: what placement counts on."""
+        return self.state != "leaving"
 
     @property
     def steps_per_s(self) -> float:
@@ -95,6 +101,7 @@ class View:
             rtts=tuple(announced.rtts),
             seq=located.seq,
             expires_at=located.expires_at,
+            link_bytes_per_s=announced.link_bytes_per_s,
         )
         known = self.peers.get(found.peer)
         if known is not None and _age(found) <= _age(known):
@@ -113,6 +120,11 @@ class View:
     def serving(self) -> tuple[PeerView, ...]:
         """The peers that take new sessions, by id."""
         return tuple(peer for _, peer in sorted(self.peers.items()) if peer.serving)
+
+    def staying(self) -> View:
+        """The view as placement sees it: who leaves is gone, who joins serves."""
+        peers = {name: replace(peer, state="serving") for name, peer in self.peers.items() if peer.staying}
+        return replace(self, peers=peers)
 
     def holders(self, block: int) -> tuple[PeerView, ...]:
         """The peers that take new sessions for `block`, by id."""

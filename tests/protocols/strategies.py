@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from mycel.protocols import messages as m
-from mycel.protocols.codec import Codec, file_codec, record_codec, ring_codec, session_codec
+from mycel.protocols.codec import (
+    Codec,
+    file_codec,
+    handover_codec,
+    reach_codec,
+    record_codec,
+    ring_codec,
+    session_codec,
+)
 from mycel.protocols.wire import ITEM_BYTES, TensorHeader, WireTensor
 
 # msgpack has no lone surrogates; everything else that is text may be said.
@@ -60,13 +68,28 @@ BY_TYPE: Mapping[type[m.Message], SearchStrategy[m.Message]] = {
         st.none() | generations,
         counts,
         counts,
+        st.just("") | names,
     ),
     m.HopOpened: st.builds(m.HopOpened),
     m.HopRefused: st.builds(m.HopRefused, text),
-    m.Relink: st.builds(m.Relink, addresses, addresses, counts, counts),
+    m.Relink: st.builds(m.Relink, addresses, addresses, counts, counts, st.none() | addresses, counts),
+    m.AskProgress: st.builds(m.AskProgress, counts),
+    m.Progress: st.builds(m.Progress, counts, counts, counts),
+    m.Leaving: st.builds(m.Leaving, st.floats(0, 1e9)),
+    m.HandOver: st.builds(m.HandOver, addresses),
+    m.HandedOver: st.builds(m.HandedOver, counts, text),
+    m.GiveState: st.builds(m.GiveState, sessions, counts, st.integers(0, 2**50)),
+    m.StatePart: st.builds(m.StatePart, st.integers(-1, m.MAX_BLOCKS - 1), counts),
+    m.StateTaken: st.builds(m.StateTaken, st.integers(0, 2**50), counts),
+    m.StateRefused: st.builds(m.StateRefused, text),
+    m.DialMe: st.builds(m.DialMe, st.lists(names, max_size=8).map(tuple)),
+    m.Dialled: st.builds(
+        m.Dialled, st.lists(st.builds(m.DialResult, names, text), max_size=8).map(tuple), text, st.floats(0, 1e11)
+    ),
     m.Sampled: st.builds(m.Sampled, counts, counts, timings, st.sampled_from(["", "stop", "length"])),
     m.HopFailed: st.builds(m.HopFailed, names, text),
     m.Attach: st.builds(m.Attach, sessions, counts),
+    m.Attached: st.builds(m.Attached, counts),
     m.Step: st.builds(m.Step, counts, timings),
     m.NextToken: st.builds(m.NextToken, counts, counts),
     m.GetManifest: st.builds(m.GetManifest, keys),
@@ -85,6 +108,8 @@ PROTOCOLS: tuple[tuple[Codec, tuple[type[m.Message], ...]], ...] = (
     (record_codec, types_of(m.RecordMessage)),
     (session_codec, types_of(m.SessionMessage)),
     (ring_codec, types_of(m.RingMessage)),
+    (handover_codec, types_of(m.HandoverMessage)),
+    (reach_codec, types_of(m.ReachMessage)),
     (file_codec, types_of(m.FileMessage)),
 )
 # (codec, message) of any protocol.
