@@ -1,9 +1,9 @@
-"""Content by its SHA-256: hashing the parts of a model directory once, and reading any piece of them later.
+"""Content by its digest: where the bytes of a blob lie, reading any piece of them, and hashing them by the chunk.
 
 A blob is a sequence of file ranges, so a unit whose tensors lie scattered over the owner's safetensors files is served
-from where it lies, without a copy. Digests are remembered by path, size, modification time and inode.
+from where it lies, without a copy. It knows by size, modification time and inode whether a file is still the same.
 
-Ring: shell (reads files, writes the digest cache).
+Ring: shell (files).
 """
 
 from __future__ import annotations
@@ -13,38 +13,24 @@ import contextlib
 import errno
 import hashlib
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-import msgspec
-
-from mycel.node.model_info import ModelInfo, TensorEntry, inspect_model
-from mycel.protocols.errors import ConfigError, RemoteProtocolError
-from mycel.swarm.manifest import (
-    MAX_SMALL_FILE_BYTES,
-    SMALL_FILES,
-    VERSION,
-    FileSpec,
-    Manifest,
-    TensorSpec,
-    UnitSpec,
-    decode_manifest,
-    manifest_bytes,
-    tensor_order,
-    unit_names,
-)
+from mycel.protocols.errors import ConfigError
 
 __all__ = [
     "Blob",
     "BlobIndex",
     "FileRange",
     "atomic_write",
-    "build_manifest",
+    "blob_of",
     "disk_errors",
+    "file_blob",
+    "hash_blob",
+    "memory_blob",
     "read_blob",
     "stored_blob",
 ]
@@ -77,17 +63,16 @@ class FileRange:
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """File ranges in order; range i starts at byte `starts[i]` of the blob."""
+    """File ranges in order; range i starts at byte `starts[i]` of the blob. Or bytes that lie in memory."""
 
     size_bytes: int
     ranges: tuple[FileRange, ...]
     starts: tuple[int, ...]
+    data: bytes | None = None
 
 
-# SHA-256 -> where the bytes lie
+# digest, as the manifest has it -> where the bytes lie
 BlobIndex = Mapping[bytes, Blob]
-# called with bytes done and bytes in all
-Progress = Callable[[int, int], None]
 
 
 def blob_of(ranges: Iterable[tuple[Path, int, int]]) -> Blob:
@@ -122,6 +107,11 @@ def stored_blob(path: Path, offset: int, size_bytes: int) -> Blob:
     return Blob(size_bytes, (FileRange(path, offset, size_bytes, None),) if size_bytes else (), (0,))
 
 
+def memory_blob(data: bytes) -> Blob:
+    """Bytes that lie in no file."""
+    return Blob(len(data), (), (), data)
+
+
 def read_blob(blob: Blob, offset: int, size_bytes: int) -> bytes:
     """Bytes [offset, offset + size_bytes) of a blob.
 
@@ -129,6 +119,8 @@ def read_blob(blob: Blob, offset: int, size_bytes: int) -> bytes:
     """
     if offset < 0 or size_bytes < 0 or offset + size_bytes > blob.size_bytes:
         raise ConfigError(f"bytes [{offset}, {offset + size_bytes}) are not in a blob of {blob.size_bytes}")
+    if blob.data is not None:
+        return blob.data[offset : offset + size_bytes]
     parts: list[bytes] = []
     index = bisect.bisect_right(blob.starts, offset) - 1
     while size_bytes:
@@ -150,119 +142,32 @@ def _read_range(part: FileRange, skip: int, size_bytes: int) -> bytes:
     return data
 
 
-def build_manifest(
-    directory: Path, cache_dir: Path, *, on_progress: Progress | None = None
-) -> tuple[Manifest, dict[bytes, Blob]]:
-    """The manifest of a whole model directory, and where each of its blobs lies in it.
+def hash_blob(blob: Blob, chunk_bytes: int) -> bytes:
+    """The SHA-256 of each `chunk_bytes` of a blob, one after the other; the last chunk may be short.
 
-    Reads every byte once, at the speed of SHA-256; a second call takes the digests from `cache_dir`. Raises
-    ConfigError, one line, for what `inspect_model` refuses, for a file that changes meanwhile, and for a model over the
-    limits.
+    Raises ConfigError for a file that cannot be read or changes meanwhile.
     """
-    info = inspect_model(directory)
-    small = {name: _small_file(directory / name) for name in sorted(SMALL_FILES) if (directory / name).is_file()}
-    specs = {unit: _tensor_specs(info.tensors[unit]) for unit in unit_names(info.n_blocks)}
-    blobs = {unit: _unit_blob(info.tensors[unit], specs[unit]) for unit in specs}
-    digests = _digests(directory, cache_dir, {**small, **blobs}, on_progress)
-    units = tuple(UnitSpec(unit, specs[unit], blobs[unit].size_bytes, digests[unit]) for unit in specs)
-    files = tuple(FileSpec(name, blob.size_bytes, digests[name]) for name, blob in small.items())
-    manifest = _manifest_of(info, files, units)
-    try:
-        # What no joiner would take must not get an id: encoding alone checks no limit.
-        decode_manifest(manifest_bytes(manifest))
-    except RemoteProtocolError as error:
-        raise ConfigError(f"{directory} cannot be shared: {error}") from None
-    return manifest, {digests[name]: blob for name, blob in (*small.items(), *blobs.items())}
-
-
-def _manifest_of(info: ModelInfo, files: tuple[FileSpec, ...], units: tuple[UnitSpec, ...]) -> Manifest:
-    return Manifest(
-        version=VERSION,
-        name=_plain(info.name),
-        architecture=info.architecture,
-        n_blocks=info.n_blocks,
-        hidden_size=info.hidden_size,
-        vocab_size=info.vocab_size,
-        dtype=info.dtype,
-        max_positions=info.max_positions,
-        eos_token_ids=tuple(sorted(set(info.eos_token_ids))),
-        files=files,
-        units=units,
-    )
-
-
-def _plain(name: str) -> str:
-    """The directory's name in the letters that a manifest allows."""
-    return re.sub(r"[^A-Za-z0-9._ +-]", "-", name).lstrip("._ +-")[:64] or "model"
-
-
-def _small_file(path: Path) -> Blob:
-    blob = file_blob(path)
-    if blob.size_bytes > MAX_SMALL_FILE_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_SMALL_FILE_BYTES // 2**20} MiB")
-    return blob
-
-
-def _tensor_specs(entries: Sequence[TensorEntry]) -> tuple[TensorSpec, ...]:
-    return tensor_order(TensorSpec(entry.name, entry.dtype, tuple(entry.shape)) for entry in entries)
-
-
-def _unit_blob(entries: Sequence[TensorEntry], specs: Sequence[TensorSpec]) -> Blob:
-    by_name = {entry.name: entry for entry in entries}
-    ordered = [by_name[spec.name] for spec in specs]
-    return blob_of((entry.file, entry.offset, entry.size_bytes) for entry in ordered)
-
-
-def _digests(
-    directory: Path, cache_dir: Path, blobs: Mapping[str, Blob], on_progress: Progress | None
-) -> dict[str, bytes]:
-    """name -> SHA-256 of each blob, from the cache where its files are unchanged."""
-    with disk_errors("read", directory):
-        place = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:32]
-    path = cache_dir / "digests" / f"{place}.json"
-    known = _read_cache(path)
-    found: dict[str, bytes] = {}
-    total = sum(blob.size_bytes for blob in blobs.values())
-    done = 0
-    for name, blob in blobs.items():
-        key = hashlib.sha256(repr(blob.ranges).encode()).hexdigest()
-        found[name] = known.get(key) or _hash(blob)
-        known[key] = found[name]
-        done += blob.size_bytes
-        if on_progress is not None:
-            on_progress(done, total)
-    keys = {hashlib.sha256(repr(blob.ranges).encode()).hexdigest() for blob in blobs.values()}
-    text = msgspec.json.encode({key: digest.hex() for key, digest in sorted(known.items()) if key in keys})
-    atomic_write(path, text)
-    return found
-
-
-def _read_cache(path: Path) -> dict[str, bytes]:
-    """What is remembered; nothing if it cannot be read, for a cache may always be lost."""
-    try:
-        texts = msgspec.json.decode(path.read_bytes(), type=dict[str, str])
-        digests = {key: bytes.fromhex(text) for key, text in texts.items()}
-    except (OSError, ValueError, msgspec.MsgspecError):
-        return {}
-    return {key: digest for key, digest in digests.items() if len(digest) == 32}
-
-
-def _hash(blob: Blob) -> bytes:
-    digest = hashlib.sha256()
+    hashes: list[bytes] = []
+    digest, room = hashlib.sha256(), chunk_bytes
     buffer = memoryview(bytearray(_BUFFER_BYTES))
     for part in blob.ranges:
         with disk_errors("read", part.path), part.path.open("rb", buffering=0) as file:
             file.seek(part.offset)
             left = part.size_bytes
             while left:
-                count = file.readinto(buffer[: min(left, _BUFFER_BYTES)])
+                count = file.readinto(buffer[: min(left, room, _BUFFER_BYTES)])
                 if not count:
                     raise ConfigError(f"{part.path} is truncated")
                 digest.update(buffer[:count])
-                left -= count
+                left, room = left - count, room - count
+                if not room:
+                    hashes.append(digest.digest())
+                    digest, room = hashlib.sha256(), chunk_bytes
             if _Stamp.of(os.fstat(file.fileno())) != part.stamp:
                 raise ConfigError(f"{part.path} changed while it was read: try again when nothing writes to it")
-    return digest.digest()
+    if room < chunk_bytes:
+        hashes.append(digest.digest())
+    return b"".join(hashes)
 
 
 def atomic_write(path: Path, data: bytes) -> None:

@@ -1,56 +1,29 @@
-"""Fetching units: several peers at once, each unit from one peer at a time, verified whole, resumed where it broke.
+"""Fetching units: the chunks that are missing, verified one by one, from all who have them; resumed after any end.
 
-A unit has one digest. So a peer that sent all of a unit that turns out wrong is a liar and gets no second chance; a
-unit put together from several peers (or from an earlier run) that turns out wrong accuses nobody, is thrown away, and
-from then on comes from one peer only.
+How the sources are driven stands in `fetch_job.py`, what lies on disk meanwhile in `partial.py`.
 
 Ring: shell.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import trio
 
-from mycel.node.file_transfer import FileNotHere, FileOptions, download, nobody
+from mycel.node.fetch_job import Fetched, FetchJob, Given, Repository
+from mycel.node.file_transfer import FetchProgress, FileOptions, fetch_blob
 from mycel.node.model_store import ModelStore
-from mycel.node.partial import PartialFolder
-from mycel.protocols.errors import ConfigError, PeerError, RemoteProtocolError, RouteUnavailable, VerificationError
+from mycel.protocols.errors import ConfigError, RemoteProtocolError
 from mycel.protocols.ports import Transport
-from mycel.swarm.fetch_plan import FetchPlan
-from mycel.swarm.manifest import Manifest, swarm_id
+from mycel.swarm.manifest import Manifest, split_chunk_list, swarm_id
 
-__all__ = ["FetchProgress", "Fetched", "fetch_units"]
+__all__ = ["FetchProgress", "Fetched", "Given", "Repository", "fetch_chunk_list", "fetch_units"]
 
 T = TypeVar("T")
-
-# A source is given up after this many failures in a row without a byte; it rests before each further try.
-MAX_FAILURES = 3
-FIRST_REST_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class FetchProgress:
-    """What a person wants to see: bytes done and in all (of what was missing), and what moved last."""
-
-    done_bytes: int
-    total_bytes: int
-    unit: str
-    peer: str
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """What came of it: who completed each unit that was missing, and which peers failed how."""
-
-    sources: Mapping[str, str]
-    failures: tuple[PeerError, ...]
 
 
 async def fetch_units(
@@ -61,26 +34,55 @@ async def fetch_units(
     units: Sequence[str],
     options: FileOptions | None = None,
     *,
-    on_progress: Callable[[FetchProgress], None] = lambda _: None,
+    repository: Repository | None = None,
 ) -> Fetched:
-    """Bring `units` into the store; those that are there already cost nothing.
+    """Bring `units` into the store, and nothing of any other; those that are there already cost nothing.
 
     `holders` are the peers that may have them, or for each unit those that may have it; the transport must know their
-    addresses. What is unfinished when this is cancelled or fails is resumed by the next call. Raises RouteUnavailable
-    if nobody is left who has a unit, and ConfigError if the disk is too small or fails.
+    addresses. `repository` is read where no peer is left. What is unfinished when this is cancelled, fails or is killed
+    is resumed by the next call. Raises RouteUnavailable if nobody is left who has a unit, and ConfigError if the disk
+    is too small or fails.
     """
     options = options or FileOptions()
     await options.run(partial(store.save_manifest, manifest))
     missing = await options.run(partial(store.missing_units, manifest, units))
     await options.run(partial(store.require_space, manifest, missing))
     if not missing:
-        return Fetched({}, ())
+        return Fetched(0, 0.0, {}, {}, ())
     by_unit = holders if isinstance(holders, Mapping) else dict.fromkeys(missing, holders)
+    peers = sorted({peer for unit in missing for peer in by_unit.get(unit, ())})
+    hashes = await fetch_chunk_list(transport, peers, store, manifest, options)
     async with _opened(options, store.downloading(manifest, missing)) as folder:
-        job = _Job(transport, options, manifest, FetchPlan(missing, by_unit), folder, on_progress)
-        job.total_bytes = sum(manifest.unit(unit).size_bytes for unit in missing)
-        await job.run()
-    return Fetched(job.completed_by, tuple(job.failures))
+        parts = {}
+        for unit in missing:
+            parts[unit] = await options.run(partial(folder.unit, manifest.unit(unit), hashes[unit]))
+        return await FetchJob(transport, options, manifest, parts, by_unit, repository).run()
+
+
+async def fetch_chunk_list(
+    transport: Transport,
+    peers: Sequence[str],
+    store: ModelStore,
+    manifest: Manifest,
+    options: FileOptions | None = None,
+) -> dict[str, bytes]:
+    """unit -> the hashes of its chunks, for all units; the first of `peers` that gives the list if it is not here.
+
+    Raises RouteUnavailable if nobody gives it, ConfigError for the disk or a swarm that was founded wrong.
+    """
+    options = options or FileOptions()
+    found = await options.run(partial(store.chunk_list, manifest))
+    if found is not None:
+        return found
+    blob = (swarm_id(manifest), manifest.chunks, manifest.chunk_list_bytes)
+    data = await fetch_blob(transport, list(peers), blob, "the list of chunks", options)
+    try:
+        found = split_chunk_list(manifest, data)
+    except RemoteProtocolError as error:
+        # The bytes are what the manifest says, so the founder is to blame and not the peer; nobody has better ones.
+        raise ConfigError(f"this swarm cannot be joined: {error.reason}") from None
+    await options.run(partial(store.save_chunk_list, manifest, data))
+    return found
 
 
 @asynccontextmanager
@@ -94,121 +96,3 @@ async def _opened(options: FileOptions, context: AbstractContextManager[T]) -> A
     finally:
         with trio.CancelScope(shield=True):
             await options.run(partial(context.__exit__, None, None, None))
-
-
-@dataclass(slots=True)
-class _Job:
-    """One call of fetch_units: a task for each source, around one plan."""
-
-    transport: Transport
-    options: FileOptions
-    manifest: Manifest
-    plan: FetchPlan
-    folder: PartialFolder
-    on_progress: Callable[[FetchProgress], None]
-    total_bytes: int = 0
-    completed_by: dict[str, str] = field(default_factory=dict)
-    failures: list[PeerError] = field(default_factory=list)
-    # unit -> bytes here; unit -> who sent them, "" for an earlier run; peer -> bytes it sent
-    arrived: dict[str, int] = field(default_factory=dict)
-    senders: dict[str, set[str]] = field(default_factory=dict)
-    sent: Counter[str] = field(default_factory=Counter)
-    single_source: set[str] = field(default_factory=set)
-    changed: trio.Event = field(default_factory=trio.Event)
-    fatal: ConfigError | RouteUnavailable | None = None
-
-    async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            for source in self.plan.sources:
-                nursery.start_soon(self._work, source, nursery.cancel_scope)
-            self._notice(nursery.cancel_scope)
-        if self.fatal is not None:
-            raise self.fatal
-
-    def _notice(self, scope: trio.CancelScope) -> None:
-        """Something changed in the plan: wake the idle, and stop when a unit has come out of reach."""
-        self.changed.set()
-        self.changed = trio.Event()
-        lost = self.plan.hopeless()
-        if lost and self.fatal is None:
-            blocks = tuple((int(unit[6:]), int(unit[6:]) + 1) for unit in lost if unit.startswith("block."))
-            self.fatal = RouteUnavailable(blocks, nobody(", ".join(lost), self.failures))
-            scope.cancel()
-
-    async def _work(self, source: str, scope: trio.CancelScope) -> None:
-        """Fetch unit after unit from one source until it is of no more use."""
-        fruitless = 0
-        while self.plan.useful(source):
-            unit = self.plan.claim(source)
-            if unit is None:
-                await self.changed.wait()
-                continue
-            sent_before = self.sent[source]
-            try:
-                whole = await self._fetch(unit, source)
-            except PeerError as error:
-                # Bytes of a unit that must come from one peer are lost with the next change of peers: no progress.
-                moved = self.sent[source] > sent_before and unit not in self.single_source
-                fruitless = 0 if moved or isinstance(error, FileNotHere) else fruitless + 1
-                self._blame(error, unit, source, fruitless)
-            except ConfigError as error:
-                self.fatal = self.fatal or error
-                scope.cancel()
-                return
-            else:
-                fruitless = 0
-                if whole:
-                    self.completed_by[unit] = source
-                    self.plan.done(unit)
-                else:
-                    self.plan.give_back(unit)
-            self._notice(scope)
-            if fruitless and self.plan.useful(source):
-                await trio.sleep(FIRST_REST_S * 2 ** (fruitless - 1))
-
-    def _blame(self, error: PeerError, unit: str, source: str, fruitless: int) -> None:
-        """Decide what a failure means for its source: it lacks this unit, is given up, or may try again."""
-        self.failures.append(error)
-        self.options.failed(error, unit)
-        self.plan.give_back(unit)
-        if isinstance(error, FileNotHere):
-            self.plan.lacks(unit, source)
-        elif isinstance(error, VerificationError | RemoteProtocolError) or fruitless >= MAX_FAILURES:
-            self.plan.drop(source)
-
-    async def _fetch(self, unit: str, source: str) -> bool:
-        """One unit, from where it broke off; False if it turned out wrong and nobody alone is to blame.
-
-        Raises PeerError if the source fails or lied, ConfigError if the disk fails.
-        """
-        run, spec = self.options.run, self.manifest.unit(unit)
-        async with _opened(self.options, self.folder.unit(self.manifest, unit)) as part:
-            senders = self.senders.setdefault(unit, {""} if part.received else set())
-            if unit in self.single_source and not senders <= {source}:
-                await run(part.restart)
-                senders.clear()
-
-            async def keep(chunk: bytes) -> None:
-                await run(partial(part.append, chunk))
-                senders.add(source)
-                self.sent[source] += len(chunk)
-                self._show(unit, source, part.received)
-
-            self._show(unit, source, part.received)
-            if part.received < spec.size_bytes:
-                extent, blob = range(part.received, spec.size_bytes), (swarm_id(self.manifest), spec.sha256)
-                await download(self.transport, source, blob, extent, keep, self.options)
-            if await run(part.finish):
-                return True
-        self._show(unit, source, 0)
-        lied = senders == {source}
-        senders.clear()
-        self.single_source.add(unit)
-        if lied:
-            raise VerificationError(source, f"sent wrong bytes as {unit}")
-        self.options.event("fetch.wrong", what=unit, reason="put together from several sources; fetched again from one")
-        return False
-
-    def _show(self, unit: str, source: str, arrived_bytes: int) -> None:
-        self.arrived[unit] = arrived_bytes
-        self.on_progress(FetchProgress(sum(self.arrived.values()), self.total_bytes, unit, source))

@@ -1,14 +1,15 @@
 """Bytes of blobs from one peer: requests asked ahead, answers in order, every failure a PeerError with a name.
 
-Knows nothing of manifests, models or who else could be asked. The caller verifies.
+Knows nothing of manifests or models.
 
 Ring: shell.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -18,28 +19,39 @@ import trio
 from mycel.node.events import EventSink, no_events
 from mycel.protocols.codec import file_codec
 from mycel.protocols.errors import (
-    ConfigError,
     PeerError,
     PeerRefused,
     PeerTimeout,
     PeerUnreachable,
     RemoteProtocolError,
+    RouteUnavailable,
+    VerificationError,
 )
 from mycel.protocols.ids import FILES
 from mycel.protocols.messages import MAX_FILE_CHUNK_BYTES, FileChunk, FileMessage, GetFile, NotHere
 from mycel.protocols.ports import Compute, Done, Stream, Transport
 
-__all__ = ["DiskThreads", "FileLimits", "FileNotHere", "FileOptions", "ask", "download", "nobody"]
+__all__ = [
+    "DiskThreads",
+    "FetchProgress",
+    "FileLimits",
+    "FileNotHere",
+    "FileOptions",
+    "ask",
+    "fetch_blob",
+    "file_stream",
+    "nobody",
+    "receive",
+    "receive_chunk",
+]
 
 T = TypeVar("T")
-Keep = Callable[[bytes], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class FileLimits:
-    """Bounds of both sides. A chunk must fit through the slowest link that shall work within `answer_timeout_s`."""
+    """Bounds of both sides. 1 MiB must fit through the slowest link that shall work within `answer_timeout_s`."""
 
-    chunk_bytes: int = MAX_FILE_CHUNK_BYTES
     # Requests under way on a stream: 8 MiB cover 100 Mbit/s at 600 ms.
     window: int = 8
     answer_timeout_s: float = 30.0
@@ -61,12 +73,27 @@ class DiskThreads:
 
 
 @dataclass(frozen=True, slots=True)
+class FetchProgress:
+    """What a person wants to see: bytes done and in all (of what was missing), and what moved last."""
+
+    done_bytes: int
+    total_bytes: int
+    unit: str
+    peer: str
+
+
+def no_progress(progress: FetchProgress) -> None:
+    """For who does not watch."""
+
+
+@dataclass(frozen=True, slots=True)
 class FileOptions:
-    """Where blocking calls run, the bounds, and who hears of peers that failed."""
+    """Where blocking calls run, the bounds, who hears of peers that failed, and who watches a download."""
 
     disk: Compute = field(default_factory=DiskThreads)
     limits: FileLimits = field(default_factory=FileLimits)
     event: EventSink = no_events
+    progress: Callable[[FetchProgress], None] = no_progress
 
     async def run(self, job: Callable[[], T]) -> T:
         """A blocking call, off the event loop."""
@@ -83,61 +110,50 @@ class FileNotHere(PeerRefused):
 
 async def ask(transport: Transport, peer: str, request: FileMessage, options: FileOptions) -> FileMessage:
     """One request on a stream of its own. Raises FileNotHere, or other PeerErrors as they come."""
-    async with _file_stream(transport, peer, options) as stream:
+    async with file_stream(transport, peer, options) as stream:
         await stream.send(*file_codec.encode(request))
-        return await _receive(stream, options)
+        return await receive(stream, options)
 
 
-async def download(
-    transport: Transport, peer: str, blob: tuple[bytes, bytes], extent: range, keep: Keep, options: FileOptions
-) -> None:
-    """The bytes `extent` of a blob (swarm id, digest) from one peer, to `keep` in order, by the chunk; not verified.
+async def fetch_blob(
+    transport: Transport, peers: list[str], blob: tuple[bytes, bytes, int], what: str, options: FileOptions
+) -> bytes:
+    """A small blob (swarm id, SHA-256, size in bytes), whole and verified, from the first of `peers` that gives it.
 
-    Raises FileNotHere if the peer lacks the blob, other PeerErrors as they come, and ConfigError from `keep`.
+    Those that fail are taken out of the list. Raises RouteUnavailable if none is left.
     """
-    step = options.limits.chunk_bytes
-    starts = range(extent.start, extent.stop, step)
-    requests = [GetFile(*blob, start, min(step, extent.stop - start)) for start in starts]
-    if not requests:
-        return
-    async with _file_stream(transport, peer, options) as stream:
-        # Raised here and not inside, so that no exception group reaches the caller.
-        if failure := await _pump(stream, requests, keep, options):
-            raise failure
-
-
-async def _pump(
-    stream: Stream, requests: Sequence[GetFile], keep: Keep, options: FileOptions
-) -> PeerError | ConfigError | None:
-    """Ask ahead by a window of requests and keep what comes; what went wrong, if anything."""
-    window = trio.Semaphore(options.limits.window)
-    failure: PeerError | ConfigError | None = None
-
-    async def ask_ahead() -> None:
+    failures: list[PeerError] = []
+    while peers:
         try:
-            for request in requests:
-                await window.acquire()
-                await stream.send(*file_codec.encode(request))
-        except PeerUnreachable:
-            return  # the receiving side meets the same end, after what still arrived
+            data = await _download(transport, peers[0], blob, options)
+            if hashlib.sha256(data).digest() == blob[1]:
+                return data
+            raise VerificationError(peers[0], f"sent wrong bytes as {what}")
+        except PeerError as error:
+            options.failed(error, what)
+            failures.append(error)
+            peers.pop(0)
+    raise RouteUnavailable((), nobody(what, failures))
 
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(ask_ahead)
-        try:
-            for request in requests:
-                answer = await _receive(stream, options)
-                if not isinstance(answer, FileChunk) or len(answer.data) != request.size_bytes:
-                    raise RemoteProtocolError(f"sent no chunk of {request.size_bytes} bytes", stream.peer)
-                await keep(answer.data)
-                window.release()
-        except (PeerError, ConfigError) as error:
-            failure = error
-        nursery.cancel_scope.cancel()
-    return failure
+
+async def _download(transport: Transport, peer: str, blob: tuple[bytes, bytes, int], options: FileOptions) -> bytes:
+    swarm, digest, size_bytes = blob
+    starts = range(0, size_bytes, MAX_FILE_CHUNK_BYTES)
+    requests = [GetFile(swarm, digest, start, min(MAX_FILE_CHUNK_BYTES, size_bytes - start)) for start in starts]
+    data = bytearray()
+    if requests:
+        async with file_stream(transport, peer, options) as stream:
+            asked = 0
+            for answered, request in enumerate(requests):
+                while asked < min(len(requests), answered + options.limits.window):
+                    await stream.send(*file_codec.encode(requests[asked]))
+                    asked += 1
+                data += await receive_chunk(stream, request.size_bytes, options)
+    return bytes(data)
 
 
 @asynccontextmanager
-async def _file_stream(transport: Transport, peer: str, options: FileOptions) -> AsyncIterator[Stream]:
+async def file_stream(transport: Transport, peer: str, options: FileOptions) -> AsyncIterator[Stream]:
     """A stream of the files protocol: ended when the block is done, abandoned when it fails."""
     with trio.move_on_after(options.limits.answer_timeout_s) as scope:
         stream = await transport.open(peer, FILES)
@@ -151,7 +167,7 @@ async def _file_stream(transport: Transport, peer: str, options: FileOptions) ->
     await stream.aclose()
 
 
-async def _receive(stream: Stream, options: FileOptions) -> FileMessage:
+async def receive(stream: Stream, options: FileOptions) -> FileMessage:
     """The next answer. Raises FileNotHere, or other PeerErrors for silence, an end or nonsense."""
     with trio.move_on_after(options.limits.answer_timeout_s) as scope:
         frame = await stream.receive()
@@ -166,6 +182,14 @@ async def _receive(stream: Stream, options: FileOptions) -> FileMessage:
     if isinstance(answer, NotHere):
         raise FileNotHere(stream.peer, answer.reason)
     return answer
+
+
+async def receive_chunk(stream: Stream, size_bytes: int, options: FileOptions) -> bytes:
+    """The next answer, which must be a chunk of that size. Raises FileNotHere, or other PeerErrors."""
+    answer = await receive(stream, options)
+    if not isinstance(answer, FileChunk) or len(answer.data) != size_bytes:
+        raise RemoteProtocolError(f"sent no chunk of {size_bytes} bytes", stream.peer)
+    return answer.data
 
 
 def nobody(what: str, failures: Sequence[PeerError]) -> str:

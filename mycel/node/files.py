@@ -16,8 +16,8 @@ from pathlib import Path
 
 import trio
 
-from mycel.node.fetch_units import Fetched, FetchProgress, fetch_units
-from mycel.node.file_transfer import FileLimits, FileOptions, ask, download, nobody
+from mycel.node.fetch_units import Fetched, Given, Repository, fetch_chunk_list, fetch_units
+from mycel.node.file_transfer import FetchProgress, FileLimits, FileOptions, ask, fetch_blob, nobody
 from mycel.node.model_store import ModelStore
 from mycel.protocols.codec import file_codec
 from mycel.protocols.errors import (
@@ -32,13 +32,16 @@ from mycel.protocols.errors import (
 from mycel.protocols.ids import FILES
 from mycel.protocols.messages import FileChunk, FileMessage, GetFile, GetManifest, ManifestBytes, NotHere
 from mycel.protocols.ports import Handler, Stream, Transport
-from mycel.swarm.manifest import FileSpec, Manifest, decode_manifest, swarm_id
+from mycel.swarm.manifest import Manifest, decode_manifest, swarm_id
 
 __all__ = [
     "FetchProgress",
     "Fetched",
     "FileLimits",
     "FileOptions",
+    "Given",
+    "Repository",
+    "fetch_chunk_list",
     "fetch_manifest",
     "fetch_small_files",
     "fetch_units",
@@ -156,32 +159,9 @@ async def fetch_small_files(
     """
     options = options or FileOptions()
     directory = await options.run(partial(store.save_manifest, manifest))
-    failures: list[PeerError] = []
     useful = list(peers)
     for file in await options.run(partial(store.missing_files, manifest)):
-        data = None
-        while useful and data is None:
-            try:
-                data = await _fetch_small_file(transport, useful[0], swarm_id(manifest), file, options)
-            except PeerError as error:
-                options.failed(error, file.name)
-                failures.append(error)
-                useful.pop(0)
-        if data is None:
-            raise RouteUnavailable((), nobody(file.name, failures))
+        blob = (swarm_id(manifest), file.sha256, file.size_bytes)
+        data = await fetch_blob(transport, useful, blob, file.name, options)
         await options.run(partial(store.save_file, manifest, file, data))
     return directory
-
-
-async def _fetch_small_file(
-    transport: Transport, peer: str, swarm: bytes, file: FileSpec, options: FileOptions
-) -> bytes:
-    data = bytearray()
-
-    async def keep(chunk: bytes) -> None:
-        data.extend(chunk)
-
-    await download(transport, peer, (swarm, file.sha256), range(file.size_bytes), keep, options)
-    if hashlib.sha256(data).digest() != file.sha256:
-        raise VerificationError(peer, f"sent wrong bytes as {file.name}")
-    return bytes(data)

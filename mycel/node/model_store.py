@@ -1,6 +1,7 @@
 """The models that this node has downloaded, and what it lets others read.
 
     CACHE/models/<swarm id>/manifest.mycel, config.json, tokenizer.json, ..., model.safetensors.index.json
+    CACHE/models/<swarm id>/chunks.mycel           the hash of every chunk of every unit
     CACHE/models/<swarm id>/<unit>.safetensors     whole and verified, or not there
     CACHE/models/<swarm id>/partial/<n>/           what is still arriving (see partial.py); resumed by the next download
 
@@ -20,15 +21,25 @@ from pathlib import Path
 
 import msgspec
 
-from mycel.node.blobs import Blob, BlobIndex, atomic_write, build_manifest, disk_errors, read_blob, stored_blob
+from mycel.node.blobs import Blob, BlobIndex, atomic_write, disk_errors, read_blob, stored_blob
+from mycel.node.model_manifest import build_manifest
 from mycel.node.partial import PartialFolder, partial_bytes, partial_folder
 from mycel.node.stored_weights import MANIFEST_FILE
 from mycel.protocols.errors import ConfigError, LocalProtocolError, RemoteProtocolError
-from mycel.swarm.manifest import FileSpec, Manifest, decode_manifest, manifest_bytes, swarm_id, unit_header
+from mycel.swarm.manifest import (
+    FileSpec,
+    Manifest,
+    decode_manifest,
+    manifest_bytes,
+    split_chunk_list,
+    swarm_id,
+    unit_header,
+)
 
 __all__ = ["BlobIndex", "ModelStore", "build_manifest"]
 
 INDEX_FILE = "model.safetensors.index.json"
+CHUNKS_FILE = "chunks.mycel"
 # Left free on the disk when a download is planned.
 SPARE_BYTES = 64 * 2**20
 
@@ -81,6 +92,21 @@ class ModelStore:
         if hashlib.sha256(data).digest() != file.sha256:
             raise LocalProtocolError(f"{file.name} does not have the digest of the manifest")
         atomic_write(self.directory(swarm_id(manifest)) / file.name, data)
+
+    def chunk_list(self, manifest: Manifest) -> dict[str, bytes] | None:
+        """unit -> the hashes of its chunks, or None if the list is not here or damaged."""
+        path = self.directory(swarm_id(manifest)) / CHUNKS_FILE
+        try:
+            with disk_errors("read", path):
+                return split_chunk_list(manifest, path.read_bytes()) if path.is_file() else None
+        except RemoteProtocolError:
+            return None
+
+    def save_chunk_list(self, manifest: Manifest, data: bytes) -> None:
+        """Store the list of all chunks. Raises LocalProtocolError if it is not the manifest's: check before."""
+        if hashlib.sha256(data).digest() != manifest.chunks:
+            raise LocalProtocolError("the chunk list does not have the digest of the manifest")
+        atomic_write(self.directory(swarm_id(manifest)) / CHUNKS_FILE, data)
 
     def missing_units(self, manifest: Manifest, units: Iterable[str]) -> tuple[str, ...]:
         """Those of `units` whose file is not here. A file with a unit's name was verified before it got the name."""
@@ -154,6 +180,8 @@ class ModelStore:
         lacking = {file.name for file in self.missing_files(manifest)}
         present = [file for file in manifest.files if file.name not in lacking]
         blobs = {file.sha256: stored_blob(directory / file.name, 0, file.size_bytes) for file in present}
+        if _has_size(directory / CHUNKS_FILE, manifest.chunk_list_bytes):
+            blobs[manifest.chunks] = stored_blob(directory / CHUNKS_FILE, 0, manifest.chunk_list_bytes)
         absent = set(self.missing_units(manifest, (unit.name for unit in manifest.units)))
         for unit in manifest.units:
             if unit.name not in absent:

@@ -1,7 +1,7 @@
-"""Units on their way to disk: written in order, verified whole, and only then given their name.
+"""Units on their way to disk: each chunk verified before it is written, and the whole only then given its name.
 
     <model>/partial/<n>/lock           held by the one download that uses the folder; the system frees it if that dies
-    <model>/partial/<n>/<unit>.part    safetensors header and the bytes that arrived so far
+    <model>/partial/<n>/<unit>.part    safetensors header, and behind it the chunks that arrived, each at its place
 
 Two processes that fetch the same unit write to two folders and rename equal files to one name, so neither can harm the
 other. A download first takes over what the dead left behind; an interrupted one leaves its parts for the next.
@@ -15,104 +15,114 @@ import contextlib
 import hashlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from mycel.node.blobs import disk_errors
 from mycel.protocols.errors import ConfigError, LocalProtocolError
-from mycel.swarm.manifest import Manifest, UnitSpec, unit_header
+from mycel.swarm.manifest import HASH_BYTES, UnitSpec, unit_header
 
 __all__ = ["PartialFolder", "PartialUnit", "partial_bytes", "partial_folder"]
 
 MAX_FOLDERS = 64
-_BUFFER_BYTES = 1 << 20
 
 
 class PartialUnit:
-    """One unit, `received` bytes of which are here. Append, then finish; close keeps the bytes for another time."""
+    """One unit, of which the chunks in `missing` are not here. Keep them all, in any order, then finish.
 
-    def __init__(self, path: Path, target: Path, unit: UnitSpec) -> None:
-        """Takes up what is in `path`. Raises ConfigError if it cannot be written."""
+    Several threads may keep chunks at once. Nothing stays open between two calls, and no record is written of what
+    arrived: a chunk on disk is one whose hash is right, so a process may die at any moment.
+    """
+
+    def __init__(self, path: Path, target: Path, unit: UnitSpec, hashes: bytes) -> None:
+        """Takes up what is in `path`, as far as it is right. Raises ConfigError if it cannot be read or written."""
         self.unit = unit
-        self.received = 0
         self._path = path
         self._target = target
         self._header = unit_header(unit)
-        self._digest = hashlib.sha256()
+        self._hashes = hashes
+        self._lock = threading.Lock()
+        self._finished = False
         with disk_errors("write", path):
-            self._file: BinaryIO = path.open("a+b", buffering=0)
-            try:
-                self._take_up()
-            except BaseException:
-                self._file.close()
-                raise
+            self.missing = self._take_up()
 
-    def _take_up(self) -> None:
-        self._file.seek(0)
-        size_bytes = os.fstat(self._file.fileno()).st_size - len(self._header)
-        if self._file.read(len(self._header)) != self._header or size_bytes > self.unit.size_bytes:
-            self._start_over()
-            return
-        while chunk := self._file.read(_BUFFER_BYTES):
-            self._digest.update(chunk)
-            self.received += len(chunk)
-
-    def _start_over(self) -> None:
-        self._file.truncate(0)
-        self._digest = hashlib.sha256()
-        self.received = 0
-        _write_all(self._file, self._header)
-
-    def append(self, data: bytes | memoryview) -> None:
-        """Write the next bytes of the blob.
-
-        Raises LocalProtocolError for more than the unit has, and ConfigError if the disk is full or broken; what was
-        here is then removed.
-        """
-        if self.received + len(data) > self.unit.size_bytes:
-            raise LocalProtocolError(f"{self.unit.name} has {self.unit.size_bytes} bytes, no more")
+    def _take_up(self) -> set[int]:
+        missing = set(range(self.unit.n_chunks))
+        size_bytes = len(self._header) + self.unit.size_bytes
         try:
-            with disk_errors("write", self._path):
-                _write_all(self._file, data)
+            with self._path.open("rb", buffering=0) as file:
+                on_disk = os.fstat(file.fileno()).st_size
+                if file.read(len(self._header)) == self._header and on_disk <= size_bytes:
+                    for index in range(self.unit.n_chunks):
+                        data = file.read(len(self.unit.chunk(index)))
+                        if not data:
+                            break
+                        if self.is_chunk(index, data):
+                            missing.remove(index)
+                    return missing
+        except FileNotFoundError:
+            return missing
+        self._path.unlink()
+        return missing
+
+    def is_chunk(self, index: int, data: bytes | memoryview) -> bool:
+        """Whether `data` is chunk `index`."""
+        at = HASH_BYTES * index
+        return hashlib.sha256(data).digest() == self._hashes[at : at + HASH_BYTES]
+
+    def keep(self, index: int, data: bytes | memoryview) -> bool:
+        """Write chunk `index` if `data` is right; False, and nothing is written, if it is wrong.
+
+        Raises ConfigError if the disk is full or broken; what was here is then removed.
+        """
+        if not self.is_chunk(index, data):
+            return False
+        with self._lock:
+            if not self._finished:
+                self._write(len(self._header) + self.unit.chunk(index).start, data)
+                self.missing.discard(index)
+        return True
+
+    def _write(self, offset: int, data: bytes | memoryview) -> None:
+        try:
+            with disk_errors("write", self._path), self._open() as file:
+                file.seek(offset)
+                _write_all(file, data)
         except ConfigError:
             self.discard()
             raise
-        self._digest.update(data)
-        self.received += len(data)
 
-    def finish(self) -> bool:
-        """Give the whole unit its name, if its digest is right; if not, start over empty and return False."""
-        if self.received != self.unit.size_bytes:
-            raise LocalProtocolError(f"{self.unit.name} is not whole: {self.received} of {self.unit.size_bytes} bytes")
-        if self._digest.digest() != self.unit.sha256:
-            self.restart()
-            return False
-        with disk_errors("write", self._target):
-            os.fsync(self._file.fileno())
-            self._file.close()
-            try:
-                self._path.replace(self._target)
-            except PermissionError:
-                # Windows does not replace a file that somebody maps. Then the same verified bytes are there already.
-                if not self._target.is_file():
-                    raise
-                self._path.unlink()
-            _sync_folder(self._target.parent)
-        return True
+    def _open(self) -> BinaryIO:
+        try:
+            return self._path.open("r+b", buffering=0)
+        except FileNotFoundError:
+            self._path.write_bytes(self._header)
+            return self._path.open("r+b", buffering=0)
 
-    def restart(self) -> None:
-        """Forget what arrived."""
-        with disk_errors("write", self._path):
-            self._start_over()
-
-    def close(self) -> None:
-        """Stop for now. Idempotent."""
-        self._file.close()
+    def finish(self) -> None:
+        """Give the whole unit its name. Raises LocalProtocolError if a chunk is missing, ConfigError for the disk."""
+        with self._lock:
+            if self._finished:
+                return
+            if self.missing:
+                raise LocalProtocolError(f"{self.unit.name} is not whole: {len(self.missing)} chunks are missing")
+            with disk_errors("write", self._target):
+                with self._open() as file:
+                    os.fsync(file.fileno())
+                try:
+                    self._path.replace(self._target)
+                except PermissionError:
+                    # Windows does not replace a file that somebody maps. Then the same verified bytes are there.
+                    if not self._target.is_file():
+                        raise
+                    self._path.unlink()
+                _sync_folder(self._target.parent)
+            self._finished = True
 
     def discard(self) -> None:
-        """Stop and remove what arrived. Idempotent."""
-        self._file.close()
+        """Remove what arrived. Idempotent."""
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
 
@@ -124,14 +134,10 @@ class PartialFolder:
         self._model = model
         self._folder = folder
 
-    @contextlib.contextmanager
-    def unit(self, manifest: Manifest, name: str) -> Iterator[PartialUnit]:
-        """The unit as far as it is here, to be continued. Raises ConfigError if it cannot be written."""
-        part = PartialUnit(self._folder / f"{name}.part", self._model / f"{name}.safetensors", manifest.unit(name))
-        try:
-            yield part
-        finally:
-            part.close()
+    def unit(self, unit: UnitSpec, hashes: bytes) -> PartialUnit:
+        """The unit as far as it is here, to be continued; `hashes` are those of its chunks. Raises ConfigError."""
+        path, target = self._folder / f"{unit.name}.part", self._model / f"{unit.name}.safetensors"
+        return PartialUnit(path, target, unit, hashes)
 
 
 def partial_bytes(model: Path) -> dict[str, int]:
@@ -139,8 +145,15 @@ def partial_bytes(model: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for path in sorted((model / "partial").glob("*/*.part")):
         with contextlib.suppress(FileNotFoundError):
-            found[path.stem] = max(found.get(path.stem, 0), path.stat().st_size)
+            found[path.stem] = max(found.get(path.stem, 0), _bytes_on_disk(path))
     return found
+
+
+def _bytes_on_disk(path: Path) -> int:
+    """Without the holes that chunks leave which have not arrived, where the system tells."""
+    status = path.stat()
+    blocks: int | None = getattr(status, "st_blocks", None)
+    return status.st_size if blocks is None else min(status.st_size, blocks * 512)
 
 
 @contextlib.contextmanager
@@ -192,7 +205,7 @@ def _claim(folder: Path) -> BinaryIO | None:
 
 
 def _adopt(parent: Path, mine: Path) -> None:
-    """Take over the parts of downloads that are no more: the longest of each unit."""
+    """Take over the parts of downloads that are no more: the fullest of each unit."""
     for other in sorted(parent.iterdir()):
         if other == mine or not other.is_dir():
             continue
@@ -201,7 +214,7 @@ def _adopt(parent: Path, mine: Path) -> None:
             continue
         for part in other.glob("*.part"):
             ours = mine / part.name
-            if ours.exists() and ours.stat().st_size >= part.stat().st_size:
+            if ours.exists() and _bytes_on_disk(ours) >= _bytes_on_disk(part):
                 part.unlink()
             else:
                 part.replace(ours)

@@ -34,7 +34,7 @@ def stored_entries(directory: Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except RemoteProtocolError as error:
-        raise ConfigError(f"{path} is damaged: {error}") from None
+        raise ConfigError(f"{path} is damaged, or of another Mycel: {error}") from None
     entries = {}
     for unit in manifest.units:
         file = directory / f"{unit.name}.safetensors"

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 import trio
 
-from mycel.node.blobs import build_manifest
 from mycel.node.client import connect
 from mycel.node.events import no_events
 from mycel.node.files import serve_files
-from mycel.node.model_store import ModelStore
+from mycel.node.model_store import ModelStore, build_manifest
 from mycel.node.network import open_network
 from mycel.protocols.messages import PeerAddress
 from mycel.security.identity import Identity
 from mycel.swarm.invite import make_invite
-from mycel.swarm.manifest import swarm_id
+from mycel.swarm.manifest import sign_manifest, swarm_id
 from tests.tiny_models import make_tiny_model, make_tiny_tokenizer
 
 
@@ -28,7 +27,8 @@ def test_a_silent_peer_of_the_invite_keeps_nobody_waiting(tmp_path: Path) -> Non
     make_tiny_model("llama", tmp_path / "model")
     make_tiny_tokenizer(tmp_path / "model")
     store = ModelStore(tmp_path / "cache")
-    manifest, blobs = build_manifest(tmp_path / "model", store.cache_dir)
+    unsigned, blobs = build_manifest(tmp_path / "model", store.cache_dir)
+    manifest = sign_manifest(unsigned, Identity.generate())
     store.share(manifest, blobs)
 
     async def hold(_: trio.SocketStream) -> None:
