@@ -34,6 +34,7 @@ from mycel.cli.common import (
 from mycel.cli.exits import INTERRUPTED, TERMINATED
 from mycel.node.background import background
 from mycel.node.config import DAY_S, NodeConfig
+from mycel.node.endpoints import checked_announce
 from mycel.node.events import EventSink, no_events, stderr_events
 
 if TYPE_CHECKING:
@@ -57,6 +58,10 @@ class NodeOptions:
     threads: int | None
     listen: tuple[str, ...]
     port: int | None
+    announce: tuple[str, ...]
+    network: str
+    shape: str
+    leave: float
     data_dir: Path | None
     mdns: bool | None
     ttl: float
@@ -85,6 +90,10 @@ class NodeOptions:
             ttl_s=self.ttl,
             mdns=beyond if self.mdns is None else self.mdns,
             invite_lifetime_s=self.invite_days * DAY_S,
+            announce=checked_announce(self.announce),
+            network=self.network,
+            shape=self.shape,
+            leave_s=self.leave,
         )
 
 
@@ -115,6 +124,29 @@ _OPTIONS = (
         help="Where to listen, as a multiaddr such as /ip4/0.0.0.0/tcp/4001; may be repeated. [default: any free port]",
     ),
     click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Listen on this port of every network."),
+    click.option(
+        "--announce",
+        multiple=True,
+        metavar="ADDRESS",
+        help="An address that others are told instead of those listened on, such as /ip4/203.0.113.7/tcp/4001 of a "
+        "forwarded port; may be repeated.",
+    ),
+    click.option(
+        "--network",
+        type=click.Choice(["auto", "libp2p", "p2pd"]),
+        default="auto",
+        show_default=True,
+        help="The network engine. p2pd needs Linux and the extra mycel[hivemind].",
+    ),
+    click.option("--shape", default="", hidden=True, help="Make every link worse; used by `mycel up`."),
+    click.option(
+        "--leave",
+        type=click.FloatRange(0, 3600),
+        default=30.0,
+        show_default=True,
+        metavar="SECONDS",
+        help="On Ctrl-C, hand sessions over for at most so long.",
+    ),
     data_dir_option,
     click.option(
         "--mdns/--no-mdns",

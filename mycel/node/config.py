@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mycel.dht.directory import TTL_S
 from mycel.swarm.invite import Invite
+from mycel.swarm.rebalance import PERIOD_S
 
 DAY_S = 86_400.0
 
@@ -23,6 +24,7 @@ class NodeConfig:
 
     `announce` are the addresses that others are told, in place of those listened on. `network` is the engine: "libp2p",
     "p2pd" or "auto". `shape` makes every link worse on purpose (see swarm/chaos.py). `leave_s` bounds a planned exit.
+    `rebalance_s` is how often a node looks whether it is needed elsewhere, 0 for never.
     """
 
     data_dir: Path
@@ -42,3 +44,4 @@ class NodeConfig:
     network: str = "auto"
     shape: str = ""
     leave_s: float = 30.0
+    rebalance_s: float = PERIOD_S

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol, TextIO
+
+# Where a person is told something, a line at a time.
+Say = Callable[[str], None]
 
 
 class EventSink(Protocol):

@@ -20,6 +20,7 @@ from libp2p.security.secure_session import SecureSession
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
 from multiaddr import Multiaddr
 
+from mycel.node.endpoints import tcp_multiaddr
 from mycel.node.libp2p_transport.limits import TransportLimits
 from mycel.node.libp2p_transport.stream import HeldBytes
 from mycel.node.libp2p_transport.tcp import SteadyTcpStream
@@ -71,6 +72,15 @@ class Connection(IMuxedConn):
             secured_conn.is_initiator, limits.window_bytes, self._push, self._on_stream, self._on_pong, self._on_gone
         )
         tcp.authenticated()
+
+    @property
+    def remote_address(self) -> str | None:
+        """The other end as a multiaddr, or None once the socket is closed. libp2p's own knows IPv4 alone."""
+        try:
+            host, port, *_ = self.tcp.stream.socket.getpeername()
+        except OSError:
+            return None
+        return tcp_multiaddr(host, port)
 
     # ---- bytes
 

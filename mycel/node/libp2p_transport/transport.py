@@ -23,6 +23,7 @@ from mycel.node.libp2p_transport.connection import Connection
 from mycel.node.libp2p_transport.dialing import Dialler, note_accepted
 from mycel.node.libp2p_transport.limits import TransportLimits
 from mycel.node.libp2p_transport.opening import Answering, Opening
+from mycel.node.libp2p_transport.probing import probe
 from mycel.node.libp2p_transport.stream import FrameStream
 from mycel.node.libp2p_transport.tcp import SteadyTcp
 from mycel.node.libp2p_transport.yamux import MuxStream, StreamUser
@@ -46,6 +47,7 @@ class Libp2pTransport:
         self._handlers: dict[str, Handler] = {}
         self._live: dict[str, list[Connection]] = {}
         self._addresses: tuple[str, ...] = ()
+        self.listening: tuple[str, ...] = ()  # as seen from here; `addresses` is what others are told
         self._closed = False
         self._tcp = SteadyTcp(self._spawn, limits, note_accepted)
         self.swarm: Swarm = libp2p_swarm.new_swarm(identity, self._tcp, self._make_connection, limits)
@@ -86,6 +88,19 @@ class Libp2pTransport:
 
     def connected(self) -> frozenset[str]:
         return frozenset(self._live)
+
+    # ---- beyond the port: for the service that tells peers whether they can be reached (node/reach.py)
+
+    def came_from(self, peer: str) -> tuple[str, ...]:
+        """Where the peer's connections to us come from, as multiaddrs; nothing of those that we dialled."""
+        accepted = (connection for connection in self._live.get(peer, ()) if not connection.is_initiator)
+        return tuple(address for connection in accepted if (address := connection.remote_address) is not None)
+
+    async def probe(self, peer: str, address: str, within_s: float) -> None:
+        """Whether `peer` answers at `address`, by a connection of its own. Raises PeerErrors: see probing.py."""
+        if peer == self.peer_id:
+            raise PeerUnreachable(peer, "a node does not dial itself")
+        await probe(self._tcp, self.swarm.upgrader, peer, address, within_s)
 
     # ---- connections
 
@@ -209,8 +224,9 @@ class Libp2pTransport:
 
     # ---- the end
 
-    async def listen(self, addresses: Sequence[str]) -> None:
-        self._addresses = await libp2p_swarm.listen(self.swarm, self._tcp, addresses)
+    async def listen(self, addresses: Sequence[str], announce: Sequence[str]) -> None:
+        self.listening = await libp2p_swarm.listen(self.swarm, self._tcp, addresses)
+        self._addresses = tuple(announce) if announce and self.listening else self.listening
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[None]:
@@ -242,13 +258,15 @@ async def open_transport(
     identity: Identity,
     *,
     listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
+    announce: Sequence[str] = (),
     limits: TransportLimits | None = None,
     event: EventSink = no_events,
 ) -> AsyncIterator[Libp2pTransport]:
     """A running transport; without `listen` addresses a client, which others cannot dial.
 
-    Raises ConfigError if an address cannot be listened on. When the block ends, handlers are cancelled, every
-    connection and listener is closed, and no task is left.
+    Others are told the addresses `announce` in place of those listened on, if there are any. Raises ConfigError if an
+    address cannot be listened on. When the block ends, handlers are cancelled, every connection and listener is closed,
+    and no task is left.
     """
     libp2p_swarm.quiet_libp2p()
     limits = limits or TransportLimits()
@@ -259,7 +277,7 @@ async def open_transport(
             try:
                 async with transport.serving():
                     try:
-                        await transport.listen(listen)
+                        await transport.listen(listen, announce)
                         yield transport
                     except BaseException as error:  # noqa: BLE001 - raised below, outside of the nurseries that would wrap it
                         failure = error
