@@ -5,12 +5,12 @@ Ring: pure.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mycel.protocols.errors import RouteUnavailable
 from mycel.swarm.routing import choose_chain
+from mycel.swarm.throughput import swarm_flow
 from mycel.swarm.view import PeerView, View, short_id, show_ranges
 
 
@@ -40,16 +40,18 @@ class Estimate:
         return self.complete and not self.indispensable
 
 
-def estimate(view: View, *, rtts: Mapping[str, float] | None = None, max_tokens: int = 0) -> Estimate:
+def estimate(
+    view: View, *, rtts: Mapping[str, float] | None = None, max_tokens: int = 0, bytes_per_token: float = 0.0
+) -> Estimate:
     """What the swarm of `view` can do, for a client with round trips `rtts` and sessions of `max_tokens` tokens.
 
-    One stream: the cheapest chain. In total: min over blocks of the sum of its peers' steps a second, each peer running
-    its whole span without batching; a flow that is reached when the peers of every block share its work.
+    One stream: the cheapest chain. In total: the maximum flow over blocks (mycel/swarm/throughput.py), each peer doing
+    one step at a time, with links that carry `bytes_per_token` for a token (0: not counted).
     """
     coverage = view.coverage()
     missing = view.missing()
     stream = _stream_tokens_per_s(view, rtts or {}, max_tokens)
-    total = min(math.fsum(peer.steps_per_s for peer in view.holders(block)) for block in range(view.n_blocks))
+    total = swarm_flow(view, bytes_per_token=bytes_per_token).tokens_per_s
     indispensable = tuple(
         peer.peer for peer in view.serving() if any(coverage[block] == 1 for block in range(peer.start, peer.end))
     )

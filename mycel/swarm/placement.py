@@ -7,41 +7,140 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mycel.protocols.errors import ConfigError
-from mycel.swarm.view import View, ranges, show_ranges, steps_per_s
+from mycel.swarm.throughput import Supply, covered_blocks, cut_flow, max_flow, own_supply, supplies
+from mycel.swarm.view import View, ranges, show_ranges
 
 Span = tuple[int, int]
+# A machine that takes this many times longer than the median peer is told so.
+SLOW = 2.0
+# Less than this share more is nothing for a person to hear about.
+_WORTH_SAYING = 0.01
+_ROUNDING = 1e-9
 
 
-def choose_span(view: View, capacity_blocks: int, *, block_time_s: float) -> tuple[int, int, str]:
+def choose_span(
+    view: View,
+    capacity_blocks: int,
+    *,
+    block_time_s: float,
+    overhead_s: float = 0.0,
+    link_bytes_per_s: float = 0.0,
+    bytes_per_token: float = 0.0,
+) -> tuple[int, int, str]:
     """(start, end, reason): the `capacity_blocks` blocks in a row where a newcomer helps the swarm most.
 
-    For each window, take every block's decode steps a second as they would be with the newcomer in it, sorted upwards;
-    the lexicographically greatest list wins: it leaves the fewest blocks uncovered, then lifts the slowest most. Of
-    equal windows the one that leaves the uncovered blocks in the fewest ranges wins, then the first.
+    That is the window with the highest throughput of the swarm (mycel/swarm/throughput.py) with the newcomer in it; who
+    is "joining" counts as if it served, who leaves is gone. Of equal windows the most even one: take every block's
+    steps a second when each peer gives all its blocks the same, sorted upwards; the lexicographically greatest list
+    wins, so that while blocks are missing the one that leaves the fewest does. Then the one that leaves them in the
+    fewest ranges, then the first. All the memory is used: what overlaps with neighbours takes over without loading.
 
-    The newcomer itself must not be in the view. Source: Petals (Borzunov et al. 2023), section 3.2, which compares the
-    windows' own blocks and does not count what the newcomer adds. Raises ConfigError if it can hold no block.
+    The newcomer itself must not be in the view. Petals (Borzunov et al. 2023, section 3.2) compares the windows' own
+    blocks instead, and does not count what the newcomer adds. Raises ConfigError if it can hold no block.
     """
     if capacity_blocks < 1:
         raise ConfigError("this machine cannot hold a single block of the model")
     n_blocks = view.n_blocks
-    if capacity_blocks >= n_blocks:
-        return 0, n_blocks, f"blocks 0:{n_blocks}: this machine holds the whole model"
-    coverage = view.coverage()
-    rates = [math.fsum(peer.steps_per_s for peer in view.holders(block)) for block in range(n_blocks)]
-    own_rate = steps_per_s(capacity_blocks, block_time_s)
+    length = min(capacity_blocks, n_blocks)
+    others = supplies(view, bytes_per_token)
+    newcomer = own_supply(length, block_time_s, overhead_s, link_bytes_per_s, bytes_per_token)
+    start, after = best_window(others, newcomer, n_blocks)
+    before = max_flow(others, n_blocks).tokens_per_s
+    where = f"blocks {start}:{start + length} of {n_blocks}"
+    if length == n_blocks:
+        where = f"blocks 0:{n_blocks}, the whole model"
+    missing = view.staying().missing()
+    if missing:
+        return start, start + length, f"{where}: {_closes(start, start + length, missing, after)}"
+    return start, start + length, f"{where}: {_lifts(before, after)}"
 
-    def worth(start: int) -> tuple[list[float], int, int]:
-        end = start + capacity_blocks
-        after = sorted(rate + own_rate * (start <= block < end) for block, rate in enumerate(rates))
-        left = [block for block in range(n_blocks) if not coverage[block] and not start <= block < end]
-        return after, -len(ranges(left)), -start
 
-    start = max(range(n_blocks - capacity_blocks + 1), key=worth)
-    end = start + capacity_blocks
-    return start, end, _placement_reason(start, end, coverage, rates)
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a machine is to a swarm in which all others stay: `adds` says whether its tokens a second rise by it.
+
+    `times_slower` is its time for a block over that of the median peer, 1 if nobody else has measured itself.
+    """
+
+    adds: bool
+    before_per_s: float
+    after_per_s: float
+    times_slower: float
+    reason: str
+
+
+def judge(
+    view: View,
+    start: int,
+    end: int,
+    *,
+    block_time_s: float,
+    overhead_s: float = 0.0,
+    link_bytes_per_s: float = 0.0,
+    bytes_per_token: float = 0.0,
+) -> Judgement:
+    """What a newcomer (not in the view) with blocks [start, end) adds; `reason` is what to tell whoever joins."""
+    others = supplies(view, bytes_per_token)
+    newcomer = own_supply(end - start, block_time_s, overhead_s, link_bytes_per_s, bytes_per_token).at(start)
+    before = max_flow(others, view.n_blocks).tokens_per_s
+    after = max_flow([*others, newcomer], view.n_blocks).tokens_per_s
+    known = sorted(peer.block_time_s for peer in view.peers.values() if peer.staying and peer.block_time_s > 0.0)
+    slower = block_time_s / known[len(known) // 2] if known and block_time_s > 0.0 else 1.0
+    closes = any(start < last and first < end for first, last in view.staying().missing())
+    adds = closes or after > before * (1.0 + _WORTH_SAYING)
+    if adds:
+        pace = f"; it is {slower:.0f} times slower than the median peer" if slower >= SLOW and not closes else ""
+        what = "closes a hole" if closes else f"raises the swarm from {before:.3g} to {after:.3g} tokens a second"
+        return Judgement(adds, before, after, slower, f"this machine {what}{pace}")
+    if slower >= SLOW:
+        return Judgement(
+            adds,
+            before,
+            after,
+            slower,
+            (
+                f"this machine is {slower:.0f} times slower than the median peer; "
+                "the swarm will route around it unless others leave"
+            ),
+        )
+    return Judgement(
+        adds,
+        before,
+        after,
+        slower,
+        (
+            f"this machine adds nothing to the {before:.3g} tokens a second of the swarm, which other blocks limit; "
+            f"it is a reserve for {start}:{end}"
+        ),
+    )
+
+
+def best_window(others: Sequence[Supply], newcomer: Supply, n_blocks: int) -> tuple[int, float]:
+    """(start, tokens a second): where a newcomer of that length helps most, by the rule of `choose_span`."""
+    length = newcomer.end - newcomer.start
+    covered, cuts = covered_blocks(others), [(1 << n_blocks) - 1]
+    rates = [math.fsum(peer.even_rate for peer in others if peer.mask >> block & 1) for block in range(n_blocks)]
+    best: tuple[float, tuple[list[float], int], int] | None = None
+    for start in range(n_blocks - length + 1):
+        supplied = [*others, newcomer.at(start)]
+        if best and any(cut_flow(supplied, blocks) < best[0] * (1.0 - _ROUNDING) for blocks in cuts):
+            continue
+        found = max_flow(supplied, n_blocks)
+        cuts.append(found.bottleneck)
+        after = sorted(
+            rate + newcomer.even_rate * (start <= block < start + length) for block, rate in enumerate(rates)
+        )
+        mask = newcomer.at(start).mask
+        holes = len(ranges(block for block in range(n_blocks) if not (covered | mask) >> block & 1))
+        flow, evenness = found.tokens_per_s, (after, -holes)
+        equal = best is not None and abs(flow - best[0]) <= best[0] * _ROUNDING
+        if best is None or (evenness > best[1] if equal else flow > best[0]):
+            best = flow, evenness, start
+    assert best is not None
+    return best[2], best[0]
 
 
 def capacity_blocks(
@@ -141,15 +240,21 @@ def _partition(weights: Sequence[int], n_spans: int) -> tuple[Span, ...]:
     return tuple(reversed(spans))
 
 
-def _placement_reason(start: int, end: int, coverage: Sequence[int], rates: Sequence[float]) -> str:
-    uncovered = [block for block, replicas in enumerate(coverage) if replicas == 0]
-    where = f"blocks {start}:{end} of {len(coverage)}"
-    closed = ranges(block for block in uncovered if start <= block < end)
-    if closed:
-        left = ranges(block for block in uncovered if not start <= block < end)
-        rest = f", {show_ranges(left)} still nobody's" if left else ", and the model is whole"
-        return f"{where}: nobody served {show_ranges(closed)}{rest}"
-    weakest = min(range(start, end), key=lambda block: (rates[block], block))
-    replicas = coverage[weakest]
-    count = "1 replica" if replicas == 1 else f"{replicas} replicas"
-    return f"{where}: the weakest stretch, block {weakest} had {count} and {rates[weakest]:.3g} steps a second"
+def _closes(start: int, end: int, missing: Sequence[Span], after: float) -> str:
+    closed = _overlap(missing, start, end)
+    left = _overlap(missing, 0, start) + _overlap(missing, end, missing[-1][1])
+    if left:
+        return f"nobody served {show_ranges(closed)}, {show_ranges(left)} still nobody's"
+    return f"nobody served {show_ranges(closed)}, and the model is whole: {after:.3g} tokens a second"
+
+
+def _overlap(spans: Sequence[Span], start: int, end: int) -> tuple[Span, ...]:
+    """The parts of `spans` in [start, end)."""
+    parts = ((max(first, start), min(last, end)) for first, last in spans)
+    return tuple((first, last) for first, last in parts if first < last)
+
+
+def _lifts(before: float, after: float) -> str:
+    if after > before * (1.0 + _ROUNDING):
+        return f"the weakest stretch, raises the swarm from {before:.3g} to {after:.3g} tokens a second"
+    return f"a reserve: the swarm does {before:.3g} tokens a second with or without it"

@@ -1,0 +1,104 @@
+"""The blocks that this node serves at this moment, and what it says about itself: it may take, leave and change them.
+
+    nothing --joining--> fetched --open--> serving --close--> nothing
+
+It does not know which blocks are wanted (placing) or when the node shall go (runtime).
+
+Ring: shell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mycel._version import __version__
+from mycel.dht.records import MAX_RTTS, Announcement
+from mycel.node.announcer import OVERHEAD_S, announced
+from mycel.node.compute import DeviceCompute
+from mycel.node.config import NodeConfig
+from mycel.node.events import EventSink
+from mycel.node.hop_service import HopService
+from mycel.node.kv_budget import KVBudget
+from mycel.node.model import Model
+from mycel.node.network import Network
+from mycel.node.served_span import ServedSpan
+from mycel.node.span import Span
+from mycel.node.weights_load import release_free_memory
+
+
+@dataclass(eq=False, slots=True)
+class Station:
+    """What one node holds of one swarm. `span` and `service` are there while it serves."""
+
+    config: NodeConfig
+    network: Network
+    model: Model
+    compute: DeviceCompute
+    event: EventSink
+    block_time_s: float
+    link_bytes_per_s: float = 0.0
+    claimed: tuple[int, int] = (0, 0)
+    service: HopService | None = None
+    span: ServedSpan | None = None
+    claiming: bool = field(default=False, init=False)
+
+    def claim(self, start: int, end: int) -> None:
+        """From now on say that the node is about to serve [start, end)."""
+        self.claimed, self.claiming = (start, end), True
+
+    def reclaim(self) -> None:
+        """From now on say again that it serves what it serves."""
+        assert self.span is not None
+        self.claimed, self.claiming = (self.span.start, self.span.end), False
+
+    async def open(self) -> None:
+        """Load the claimed blocks and admit sessions. Raises ConfigError for weights that do not fit the model."""
+        (start, end), model = self.claimed, self.model
+
+        def load() -> ServedSpan:
+            span = ServedSpan(Span.load(model.directory, start, end, dtype=model.dtype), model.dtype)
+            span.measure()
+            return span
+
+        span = (await self.compute.run(load)).value
+        per_token = span.session_bytes(start, end, 1)
+        budget = KVBudget(self.config.kv_tokens * per_token)
+        service = HopService(self.network.transport, model.swarm, span, self.compute, budget, self.event)
+        service.start()
+        self.span, self.service, self.block_time_s, self.claiming = span, service, span.block_time_s, False
+
+    async def close(self, within_s: float) -> None:
+        """Hand over all sessions, for at most `within_s`, and let go of the blocks."""
+        service, self.service = self.service, None
+        if service is not None:
+            await service.leave(within_s)
+            for session in list(service.sessions.values()):
+                session.end("this node leaves")
+        self.span = None
+        await self.compute.run(release_free_memory)
+
+    def describe(self) -> Announcement:
+        """What there is to say now."""
+        transport, service, span = self.network.transport, self.service, self.span
+        rtts = ((peer, rtt) for peer in sorted(transport.connected()) if (rtt := transport.rtt_s(peer)) is not None)
+        free, total, sessions = 0, self.config.kv_tokens, 0
+        if service is not None and span is not None:
+            per_token = max(1, span.session_bytes(span.start, span.end, 1))
+            free, total = service.budget.free_bytes // per_token, service.budget.total_bytes // per_token
+            sessions = len(service.sessions)
+        return Announcement(
+            swarm=self.model.swarm,
+            start=self.claimed[0],
+            end=self.claimed[1],
+            state="joining" if self.claiming or service is None else "serving",
+            addresses=announced(transport.addresses),
+            block_time_s=span.block_time_s if span is not None else self.block_time_s,
+            overhead_s=OVERHEAD_S,
+            kv_free_tokens=free,
+            kv_total_tokens=total,
+            sessions=sessions,
+            queue_s=self.compute.expected_wait_s,
+            rtts=tuple(rtts)[:MAX_RTTS],
+            version=__version__,
+            link_bytes_per_s=self.link_bytes_per_s,
+        )
