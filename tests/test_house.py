@@ -42,8 +42,13 @@ MUST_BE_PURE = (
     "mycel.swarm.view",
     "mycel.swarm.routing",
     "mycel.swarm.placement",
+    "mycel.swarm.throughput",
+    "mycel.swarm.rebalance",
+    "mycel.swarm.claims",
+    "mycel.swarm.handover",
+    "mycel.swarm.liveness",
+    "mycel.swarm.chaos",
     "mycel.swarm.invite",
-    "mycel.swarm.machine",
 )
 # Where most decisions live, a module has to say where it stands; in node and cli the shell is the rule.
 ROOMS_THAT_STATE_RINGS = ("protocols", "security", "dht", "swarm")

@@ -64,6 +64,8 @@ def show_route(trace: RouteTrace) -> None:
         say(line)
     for replaced in trace.replaced:
         say(show_replaced(replaced))
+    for moved in trace.moved:
+        say(f"handed over by {short_id(moved.peer)} at position {moved.position}: {moved.reason}")
 
 
 def show_replaced(replaced: Replaced) -> str:
@@ -77,7 +79,10 @@ def summary(trace: RouteTrace) -> str:
         parts.append(f"{trace.tokens_per_s:.1f} tokens/s")
     if trace.first_token_s is not None:
         parts.append(f"first token after {trace.first_token_s:.2g} s")
-    return ", ".join([*parts, f"{counted(len(trace.replaced), 'hop')} replaced"])
+    parts.append(f"{counted(len(trace.replaced), 'hop')} replaced")
+    if trace.moved:
+        parts.append(f"{counted(len(trace.moved), 'hop')} handed over")
+    return ", ".join(parts)
 
 
 def as_json(prompt: str, generation: Generation) -> dict[str, Any]:
@@ -100,6 +105,7 @@ def as_json(prompt: str, generation: Generation) -> dict[str, Any]:
         ],
         "timings": {"first_token_s": _rounded(trace.first_token_s), "tokens_per_s": _rounded(trace.tokens_per_s)},
         "replaced": [{"peer": lost.peer, "position": lost.position, "reason": lost.reason} for lost in trace.replaced],
+        "moved": [{"peer": left.peer, "position": left.position, "reason": left.reason} for left in trace.moved],
     }
 
 

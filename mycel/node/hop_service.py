@@ -13,23 +13,29 @@ from dataclasses import dataclass, field
 import trio
 
 from mycel.node.events import EventSink
-from mycel.node.hop_session import HopSession, SpanSource
+from mycel.node.handover import HandoverRates
+from mycel.node.hop_session import HopSession
 from mycel.node.kv_budget import KVBudget
+from mycel.node.span_port import SpanSource
 from mycel.protocols import ids
-from mycel.protocols.codec import ring_codec, session_codec
+from mycel.protocols.codec import handover_codec, ring_codec, session_codec
 from mycel.protocols.errors import PeerRefused, PeerTimeout, RemoteProtocolError
 from mycel.protocols.hop import HopMachine
 from mycel.protocols.messages import (
     Attach,
+    GiveState,
     HopOpened,
     HopRefused,
     OpenHop,
+    StateRefused,
 )
 from mycel.protocols.ports import Compute, Stream, Transport
 
 OPENING_PATIENCE_S = 10.0
 # Longer than a client waits for a hop to open: the first hop may push before the last has heard of the session.
 ATTACH_PATIENCE_S = 30.0
+# Links that the client has not announced yet wait as long as the session lives: a successor is filled in its own time.
+MAX_EARLY_LINKS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +57,30 @@ class HopService:
     limits: HopLimits = field(default_factory=HopLimits)
     leaving: bool = False
     sessions: dict[bytes, HopSession] = field(default_factory=dict, init=False)
+    rates: HandoverRates = field(default_factory=HandoverRates, init=False)
     _changed: trio.Event = field(default_factory=trio.Event, init=False)
+    _departs: trio.Event = field(default_factory=trio.Event, init=False)
+    _departs_at_s: float = field(default=0.0, init=False)
+    _early: dict[bytes, dict[str, trio.CancelScope]] = field(default_factory=dict, init=False)
 
     def start(self) -> None:
-        """Answer sessions and ring links from now on."""
+        """Answer sessions, ring links and handovers from now on."""
         self.transport.serve(ids.SESSION, self.serve_session)
         self.transport.serve(ids.RING, self.serve_ring)
+        self.transport.serve(ids.HANDOVER, self.serve_handover)
+
+    async def leave(self, within_s: float) -> None:
+        """Admit nothing new, have every client told, and return once no session is left or `within_s` is over."""
+        self.leaving, self._departs_at_s = True, trio.current_time() + within_s
+        self._departs.set()
+        with trio.move_on_after(within_s):
+            while self.sessions:
+                await self._changed.wait()
+
+    async def departure(self) -> float:
+        """Wait until this node leaves; the seconds that are left then."""
+        await self._departs.wait()
+        return max(self._departs_at_s - trio.current_time(), 0.0)
 
     def changed(self) -> None:
         """Wake whoever waits for a session or a neighbour to become known."""
@@ -132,15 +156,53 @@ class HopService:
 
         Raises PeerRefused for a link that another has replaced, PeerTimeout for one that nobody expects.
         """
-        with trio.move_on_after(ATTACH_PATIENCE_S):
-            while True:
-                session = self.sessions.get(attach.session)
-                if session is not None and session.machine.may_attach(peer, attach.link):
-                    return session
-                if session is not None and attach.link < session.machine.inbound:
-                    raise PeerRefused(peer, "attached over a link that was replaced")
+        deadline = trio.current_time() + ATTACH_PATIENCE_S
+        while True:
+            session = self.sessions.get(attach.session)
+            if session is not None and session.machine.may_attach(peer, attach.link):
+                return session
+            if session is not None and attach.link < session.machine.inbound:
+                raise PeerRefused(peer, "attached over a link that was replaced")
+            if session is not None and attach.link > session.machine.inbound:
+                await self._wait_early(attach.session, peer)
+                continue
+            with trio.move_on_at(deadline) as patience:
                 await self._changed.wait()
-        raise PeerTimeout(peer, "attached to a session that does not expect it")
+            if patience.cancelled_caught:
+                raise PeerTimeout(peer, "attached to a session that does not expect it")
+
+    async def _wait_early(self, session: bytes, peer: str) -> None:
+        """Hold a link that the client may announce any time, until something changes; only the newest of each peer.
+
+        Raises PeerRefused when a newer one takes its place.
+        """
+        waiting = self._early.setdefault(session, {})
+        if (older := waiting.pop(peer, None)) is not None:
+            older.cancel()
+        elif len(waiting) >= MAX_EARLY_LINKS:
+            waiting.pop(next(iter(waiting))).cancel()
+        with trio.CancelScope() as scope:
+            waiting[peer] = scope
+            try:
+                await self._changed.wait()
+            finally:
+                if waiting.get(peer) is scope:
+                    del waiting[peer]
+                if not waiting and self._early.get(session) is waiting:
+                    del self._early[session]
+        if scope.cancel_called:
+            raise PeerRefused(peer, "attached over another link, before this one was expected")
+
+    async def serve_handover(self, stream: Stream) -> None:
+        """The state of a session from the hop whose place ours is to take."""
+        give = handover_codec.decode_only(await _in_time(stream, OPENING_PATIENCE_S))
+        if not isinstance(give, GiveState):
+            raise RemoteProtocolError("a handover begins with GiveState", stream.peer)
+        session = self.sessions.get(give.session)
+        if session is None or session.machine.opening.giver != stream.peer:
+            await stream.send(*handover_codec.encode(StateRefused("no session here waits for a state from this peer")))
+            return
+        await session.takeover.take(stream, give)
 
 
 async def _in_time(stream: Stream, patience_s: float) -> memoryview:

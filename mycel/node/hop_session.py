@@ -1,8 +1,9 @@
 """One session at one hop: takes inputs from the ring, computes, logs what it put out, and passes it on.
 
-Inputs come over a ring stream from the previous hop, outputs go over one to the next; both may be replaced at any time
-(Relink). Outputs are logged before they are sent, so that a broken link loses nothing, and inputs that were computed
-before are skipped, so that a resend harms nothing. Admission and limits are hop_service's.
+Inputs come over a ring stream from the previous hop, outputs go over one to the next (hop_links); both may be replaced
+at any time (Relink). Outputs are logged before they are sent, so that a broken link loses nothing, and inputs that were
+computed before are skipped, so that a resend harms nothing. Admission and limits are hop_service's, and what a leaving
+node hands over is handover's.
 
 Ring: shell.
 """
@@ -10,23 +11,30 @@ Ring: shell.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import trio
 from torch import Tensor
 
+from mycel.node.handover import Takeover, hand_over
+from mycel.node.hop_links import Logged, Outbound, Timings
 from mycel.node.sampling import sample
-from mycel.protocols import ids
+from mycel.node.span_port import SpanModel
 from mycel.protocols.codec import ring_codec, session_codec
-from mycel.protocols.errors import LocalProtocolError, PeerError, RemoteProtocolError
+from mycel.protocols.errors import PeerError, RemoteProtocolError
 from mycel.protocols.hop import HopMachine, OutputLog
 from mycel.protocols.messages import (
-    Attach,
+    AskProgress,
+    Attached,
+    HandOver,
     HopFailed,
     HopTiming,
+    Leaving,
     Message,
     NextToken,
+    PeerAddress,
+    Progress,
     Relink,
     Sampled,
     Step,
@@ -40,55 +48,6 @@ if TYPE_CHECKING:
 
 PREFILL_CHUNK_TOKENS = 256
 
-Timings = tuple[HopTiming, ...]
-
-
-class SpanModel(Protocol):
-    """What a session needs of the blocks that it runs; torch modules in life, arithmetic in a simulation."""
-
-    def new_cache(self) -> Any: ...
-
-    def forward(self, inputs: Tensor, cache: Any) -> Tensor:
-        """Token ids [T] (first span) or hidden_TD -> hidden_TD."""
-        ...
-
-    def logits(self, hidden_TD: Tensor) -> Tensor:
-        """logits_TV; last span only."""
-        ...
-
-
-class SpanSource(Protocol):
-    """The blocks that this node serves, and what a stretch of them costs."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def n_blocks(self) -> int: ...
-    @property
-    def max_positions(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def part(self, start: int, end: int) -> SpanModel: ...
-
-    def session_bytes(self, start: int, end: int, max_tokens: int) -> int:
-        """KV cache and output history of a session over blocks [start, end)."""
-        ...
-
-    def step_cost_s(self, start: int, end: int, count: int) -> float:
-        """Expected seconds of compute for `count` tokens."""
-        ...
-
-    def observe(self, start: int, end: int, count: int, compute_s: float) -> None:
-        """Learn from a step that was computed."""
-        ...
-
 
 @dataclass(eq=False, slots=True)
 class HopSession:
@@ -100,14 +59,16 @@ class HopSession:
     control: Stream
     cache: Any = field(init=False)
     tokens: list[int] = field(init=False)
-    log: OutputLog[_Logged] = field(default_factory=OutputLog, init=False)
+    log: OutputLog[Logged] = field(default_factory=OutputLog, init=False)
+    links: Outbound = field(init=False)
+    takeover: Takeover = field(init=False)
+    step_lock: trio.Lock = field(default_factory=trio.Lock, init=False)
     finish: str = field(default="", init=False)
-    _link: Stream | None = field(default=None, init=False)
-    _link_lost: bool = field(default=False, init=False)
     _inbound: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
-    _prefilled: trio.Event = field(default_factory=trio.Event, init=False)
-    _step_lock: trio.Lock = field(default_factory=trio.Lock, init=False)
-    _link_lock: trio.Lock = field(default_factory=trio.Lock, init=False)
+    _giving: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
+    _ready: trio.Event = field(default_factory=trio.Event, init=False)
+    _busy_since_s: float | None = field(default=None, init=False)
+    _asked: int = field(default=0, init=False)
     _control_lock: trio.Lock = field(default_factory=trio.Lock, init=False)
     _nursery: trio.Nursery = field(init=False)
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
@@ -115,30 +76,30 @@ class HopSession:
 
     def __post_init__(self) -> None:
         self.cache = self.model.new_cache()
+        self.takeover = Takeover(self)
         generation = self.machine.opening.generation
         self.tokens = list(generation.tokens) if generation else []
         if generation is not None:
             # The last hop before us may have died with the newest token on its way to the first hop: say it again.
-            self.log.append(len(self.tokens) - 1, 1, _Logged(self.tokens[-1], ()))
+            self.log.append(len(self.tokens) - 1, 1, Logged(self.tokens[-1], ()))
 
     async def run(self) -> str:
         """Until the client ends the control stream or vanishes; then the links are closed. Says why it ended."""
         with self._scope:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                if self.machine.is_first:
-                    nursery.start_soon(self._prefill)
-                else:
-                    self._prefilled.set()
-                    nursery.start_soon(self._flush)
+                o, transport = self.machine.opening, self.service.transport
+                self.links = Outbound(transport, nursery, o.session, self.log, self._link_lost)
                 try:
+                    if not self.machine.is_alone:
+                        await self.links.relink(o.next, o.outbound, None, 0)
+                    nursery.start_soon(self._begin)
+                    nursery.start_soon(self._say_leaving)
                     self.end(await self._obey())
                 finally:
                     self.end("a failure of this node")
-                    link, self._link = self._link, None
-                    if link is not None:
-                        with trio.CancelScope(shield=True):
-                            await link.aclose()
+                    with trio.CancelScope(shield=True):
+                        await self.links.aclose()
         return self._ended
 
     def end(self, reason: str) -> None:
@@ -147,48 +108,101 @@ class HopSession:
         self._inbound.cancel()
         self._scope.cancel()
 
+    # ---- the client's words ---------------------------------------------------------------------------------------
+
     async def _obey(self) -> str:
         """Follow the client's words until there are no more; why there are no more."""
         try:
             while (frame := await self.control.receive()) is not None:
                 message = session_codec.decode_only(frame)
-                if not isinstance(message, Relink):
+                if isinstance(message, AskProgress):
+                    await self._answer(message.position)
+                elif isinstance(message, Relink | HandOver):
+                    if wrong := self._misled(message):
+                        return wrong
+                    await (self._relink(message) if isinstance(message, Relink) else self._hand_over(message))
+                else:
                     return f"the client sent {type(message).__name__} in a running session"
-                if not self.machine.is_alone and self.service.transport.peer_id in (
-                    message.previous.peer,
-                    message.next.peer,
-                ):
-                    return "the client linked this hop to itself"
-                await self._relink(message)
         except PeerError as error:
             return error.reason
         return "done"
 
+    def _misled(self, message: Relink | HandOver) -> str:
+        """What is wrong with what the client wants, or ""."""
+        own = self.service.transport.peer_id
+        if isinstance(message, HandOver):
+            return "the client handed this hop over to itself" if message.taker.peer == own else ""
+        spare = message.spare.peer if message.spare is not None else ""
+        if own in (spare, *(() if self.machine.is_alone else (message.previous.peer, message.next.peer))):
+            return "the client linked this hop to itself"
+        if spare and message.spare_link == message.outbound:
+            return "the client gave two links one number"
+        return ""
+
+    async def _relink(self, message: Relink) -> None:
+        new_inbound, _ = self.machine.relink(message)
+        if new_inbound:
+            self._inbound.cancel()
+        if not self.machine.is_alone:
+            await self.links.relink(message.next, message.outbound, message.spare, message.spare_link)
+        self.service.changed()
+
+    async def _hand_over(self, message: HandOver) -> None:
+        """Give our state to a successor, beside everything else; a newer wish replaces the one before."""
+        self._giving.cancel()
+        self._giving = trio.CancelScope()
+        self._nursery.start_soon(hand_over, self, message.taker, self._giving)
+
+    async def _answer(self, position: int) -> None:
+        """Say how far we are, or will once `position` is reached."""
+        if position > self.machine.position:
+            self._asked = position
+            return
+        if position:
+            self._asked = 0  # a newer question, and the newest counts
+        received, now = self.machine.position, trio.current_time()
+        given = received if self.machine.is_alone else self.links.given
+        busy_s = 0.0 if self._busy_since_s is None else now - self._busy_since_s
+        await self.tell(Progress(received, given, _microseconds(busy_s)))
+
+    async def _say_leaving(self) -> None:
+        """Once the node leaves, or at once if it does already: the session was admitted in the same instant."""
+        await self.tell(Leaving(await self.service.departure()))
+
     # ---- inputs -------------------------------------------------------------------------------------------------
 
-    async def _prefill(self) -> None:
-        """Feed the prompt in chunks, so that the next hops work while this one goes on; alone, go on to the end."""
-        prompt = torch.tensor(self.machine.opening.prompt, dtype=torch.int64)
-        for position in range(0, len(prompt), PREFILL_CHUNK_TOKENS):
-            await self.feed(position, prompt[position : position + PREFILL_CHUNK_TOKENS], ())
-        self._prefilled.set()
-        while self.machine.is_last and not self.finish:
+    async def _begin(self) -> None:
+        """Wait for a state to begin from, if somebody may give one; feed the prompt; then inputs may come."""
+        await self.takeover.wait()
+        if not self.machine.is_alone:
+            await self.links.push()  # the outputs that were handed over: the next hop may lack some of them
+        if self.machine.is_first:
+            await self._prefill()
+        self._ready.set()
+        while self.machine.is_alone and not self.finish:
             await self.feed(self.machine.position, torch.tensor(self.tokens[-1:], dtype=torch.int64), ())
 
+    async def _prefill(self) -> None:
+        """Feed what is new of the prompt in chunks, so that the next hops work while this one goes on."""
+        prompt = torch.tensor(self.machine.opening.prompt, dtype=torch.int64)
+        for position in range(self.machine.position, len(prompt), PREFILL_CHUNK_TOKENS):
+            await self.feed(position, prompt[position : position + PREFILL_CHUNK_TOKENS], ())
+
     async def take_inputs(self, stream: Stream) -> None:
-        """Feed what the previous hop pushes; a newer link or another previous hop ends this one."""
+        """Say what we lack and feed what the previous hop pushes, until a newer link or another previous hop comes."""
         if self._ended:
             return
         self._inbound.cancel()
         with trio.CancelScope() as self._inbound:
-            await self._prefilled.wait()
+            await self._ready.wait()
             try:
+                await stream.send(*ring_codec.encode(Attached(self.machine.position)))
                 while (frame := await stream.receive()) is not None:
                     message, tensors = ring_codec.decode(frame)
                     position, inputs, timings = self._check(message, tensors)
                     await self.feed(position, inputs, timings)
             except RemoteProtocolError as error:
-                await self._tell(HopFailed(stream.peer, error.reason[:400]))
+                await self.tell(HopFailed(stream.peer, error.reason[:400]))
                 raise
             except PeerError:
                 raise  # the link broke: the client hears of it from its own stream, and relinks
@@ -222,22 +236,29 @@ class HopSession:
     async def feed(self, position: int, inputs: Tensor, timings: Timings) -> None:
         """Compute what is new of `inputs`, log it, send it. Cancelled, it leaves the log and the cache in step."""
         sampled: list[Sampled] = []
-        async with self._step_lock:
+        async with self.step_lock:
             skip = self.machine.accept(position, len(inputs))
             if skip == len(inputs):
                 return
             position += skip
             o, span = self.machine.opening, self.service.span
             cost_s = span.step_cost_s(o.start, o.end, len(inputs) - skip)
-            with trio.CancelScope(shield=True):
-                done = await self.service.compute.run(lambda: self._compute(position, inputs[skip:]), cost_s=cost_s)
+            if 0 < self._asked <= self.machine.position:
+                self._asked = 0
+                self._nursery.start_soon(self._answer, 0)
+            self._busy_since_s = trio.current_time()
+            try:
+                with trio.CancelScope(shield=True):
+                    done = await self.service.compute.run(lambda: self._compute(position, inputs[skip:]), cost_s=cost_s)
+            finally:
+                self._busy_since_s = None
             span.observe(o.start, o.end, len(inputs) - skip, done.compute_s)
             own = HopTiming(_microseconds(done.queue_s), _microseconds(done.compute_s))
             sampled = self._record(position, len(inputs) - skip, done.value, (*timings, own))
         try:
-            await self._flush()
+            await self.links.push()
             for message in sampled:
-                await self._tell(message)
+                await self.tell(message)
         except trio.Cancelled:
             if not self._ended:
                 # The link that brought the inputs was replaced: what they became must still go out.
@@ -264,7 +285,7 @@ class HopSession:
     def _record(self, position: int, count: int, value: WireTensor | list[int], timings: Timings) -> list[Sampled]:
         """Log an output; the tokens to tell the client."""
         if isinstance(value, WireTensor):
-            self.log.append(position, count, _Logged(value, timings))
+            self.log.append(position, count, Logged(value, timings))
             return []
         generation = self.machine.opening.generation
         assert generation is not None
@@ -279,108 +300,28 @@ class HopSession:
             )
             sampled.append(Sampled(at, token, timings, self.finish))
             if not self.finish:
-                self.log.append(at, 1, _Logged(token, ()))
+                self.log.append(at, 1, Logged(token, ()))
         return sampled
 
     # ---- outputs ------------------------------------------------------------------------------------------------
 
-    async def _flush(self) -> None:
-        """Give the next hop everything that it has not been given; a broken link is reported and waits for Relink."""
-        if self.machine.is_alone:
-            return
-        async with self._link_lock:
-            peer, link = self.machine.next.peer, self._link
-            try:
-                while not self._link_lost and (output := self.log.pending()) is not None:
-                    if link is None:
-                        link = self._link = await self._attach()
-                        self._nursery.start_soon(self._watch, link)
-                    await link.send(*output.value.encode(output.position))
-                    self.log.given()
-            except LocalProtocolError:
-                if self._link is link:
-                    raise
-                # _relink let go of the link while we were sending: it starts the next one.
-            except PeerError as error:
-                await self._lose(peer, error.reason)
-
-    async def _watch(self, link: Stream) -> None:
-        """Notice a link that breaks while nothing is being sent: an output on its way is lost, and all would wait."""
-        try:
-            while await link.receive() is not None:
-                pass  # the next hop has nothing to say here
-        except LocalProtocolError:
-            if self._link is link:
-                raise
-        except PeerError as error:
-            if self._link is link:
-                await self._lose(link.peer, error.reason)
-
-    async def _lose(self, peer: str, reason: str) -> None:
-        """The link to the next hop is gone: tell the client, once, and wait for its Relink."""
-        if self._link_lost:
-            return
-        self._link_lost = True
-        self.service.event("hop.failed", peer=peer, reason=reason)
-        if peer == self.machine.next.peer:
-            await self._tell(HopFailed(peer, reason[:400]))
-
-    async def _attach(self) -> Stream:
-        address, attach = self.machine.next, Attach(self.machine.opening.session, self.machine.outbound)
-        self.service.transport.learn(address.peer, address.addresses)
-        link = await self.service.transport.open(address.peer, ids.RING)
-        try:
-            await link.send(*ring_codec.encode(attach))
-        except BaseException:
-            await link.reset()
-            raise
-        return link
-
     async def _send_late(self, sampled: list[Sampled]) -> None:
-        await self._flush()
+        await self.links.push()
         for message in sampled:
-            await self._tell(message)
+            await self.tell(message)
 
-    async def _relink(self, message: Relink) -> None:
-        """Links changed: let go of the old ones, and give everything to the next hop if the link to it is new."""
-        new_inbound, new_outbound = self.machine.relink(message)
-        if new_inbound:
-            self._inbound.cancel()
-        if new_outbound:
-            self._link_lost = True  # nobody may go on where the old neighbour stopped
-            await self._drop_link()  # also ends a send that is stuck on a silent peer
-            async with self._link_lock:
-                await self._drop_link()  # one that was being opened to the old neighbour
-                self._link_lost = False
-                self.log.rewind()
-            self._nursery.start_soon(self._flush)
-        self.service.changed()
+    async def _link_lost(self, address: PeerAddress, reason: str) -> None:
+        """A link out of here is gone, and its neighbour with it: the client has to find another."""
+        self.service.event("hop.failed", peer=address.peer, reason=reason)
+        await self.tell(HopFailed(address.peer, reason[:400]))
 
-    async def _drop_link(self) -> None:
-        if self._link is not None:
-            link, self._link = self._link, None
-            await link.reset()
-
-    async def _tell(self, message: Message) -> None:
+    async def tell(self, message: Message) -> None:
         """Say something to the client; if it is gone, so is the session."""
         try:
             async with self._control_lock:
                 await self.control.send(*session_codec.encode(message))
         except PeerError as error:
             self.end(error.reason)
-
-
-@dataclass(frozen=True, slots=True)
-class _Logged:
-    """An output as it will travel: hidden states with the timings so far, or a token for the first hop."""
-
-    value: WireTensor | int
-    timings: Timings
-
-    def encode(self, position: int) -> list[bytes | memoryview]:
-        if isinstance(self.value, WireTensor):
-            return ring_codec.encode(Step(position, self.timings), [self.value])
-        return ring_codec.encode(NextToken(position, self.value))
 
 
 def _microseconds(seconds: float) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mycel.protocols.errors import PeerRefused
+from mycel.swarm.placement import show_bytes
 
 
 @dataclass(slots=True)
@@ -27,7 +28,10 @@ class KVBudget:
     def reserve(self, size_bytes: int) -> Iterator[None]:
         """Hold `size_bytes` for the block. Raises PeerRefused, with nothing reserved, if they are not free."""
         if size_bytes > self.free_bytes:
-            raise PeerRefused("", f"KV memory is full: {size_bytes} bytes wanted, {self.free_bytes} free")
+            wanted, free = show_bytes(size_bytes), show_bytes(self.free_bytes)
+            if wanted == free:
+                wanted, free = f"{size_bytes:,} bytes", f"{self.free_bytes:,}"
+            raise PeerRefused("", f"KV memory is full: {wanted} wanted, {free} free")
         self.reserved_bytes += size_bytes
         try:
             yield

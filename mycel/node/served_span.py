@@ -15,15 +15,18 @@ from mycel.node.span import Span
 
 MEASURED_STEPS = 5
 EMA_SHARE = 0.1
+# A step of so many tokens tells how long a token takes among many; one of a few is hardly longer than one of one.
+PREFILL_TOKENS = 16
 
 
 @dataclass(eq=False, slots=True)
 class ServedSpan:
-    """A loaded span, its parts, and the measured seconds of a decode step through one block."""
+    """A loaded span, its parts, and the measured seconds of a token through one block: alone, and among many."""
 
     whole: Span
     dtype: torch.dtype
     block_time_s: float = 0.0
+    prefill_block_s: float = 0.0
     _parts: dict[tuple[int, int], Span] = field(default_factory=dict, init=False)
 
     @property
@@ -63,10 +66,17 @@ class ServedSpan:
     def step_cost_s(self, start: int, end: int, count: int) -> float:
         return self.block_time_s * (end - start) * count
 
+    def prefill_cost_s(self, start: int, end: int, count: int) -> float:
+        """Expected seconds to compute `count` tokens in long steps; before the first of those, as if one by one."""
+        return (self.prefill_block_s or self.block_time_s) * (end - start) * count
+
     def observe(self, start: int, end: int, count: int, compute_s: float) -> None:
         """Learn from a step that was computed; steps of several tokens say little about decoding."""
+        seen_s = compute_s / (end - start) / count
         if count == 1:
-            self.block_time_s += EMA_SHARE * (compute_s / (end - start) - self.block_time_s)
+            self.block_time_s += EMA_SHARE * (seen_s - self.block_time_s)
+        elif count >= PREFILL_TOKENS:
+            self.prefill_block_s += EMA_SHARE * (seen_s - self.prefill_block_s) if self.prefill_block_s else seen_s
 
     def measure(self) -> None:
         """Time decode steps, to have a figure to announce before the first session. Runs on the compute thread."""

@@ -11,6 +11,7 @@ Ring: shell (`load` reads a model directory; the rest is torch alone).
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from mycel.node.architectures import ARCHITECTURES, EMBED
 from mycel.node.fast_linear import use_fast_linear
 from mycel.node.model_info import ModelInfo, inspect_model, load_config, span_tensors
 from mycel.node.span_cache import SpanCache
+from mycel.node.span_port import StatePiece
+from mycel.node.span_state import SpanIntake, state_bytes, state_pieces
 from mycel.node.structure import Passed, base_of, cut, empty_model, meta_tensors, part_of
 from mycel.node.weights_load import WeightFiles, load_unit, release_free_memory
 from mycel.protocols.errors import ConfigError
@@ -141,6 +144,26 @@ class Span:
             raise ValueError(f"blocks [{self.start}, {self.end}) have no head: it is with the last block")
         logits_TV: Tensor = self._head(inputs_embeds=hidden_TD.unsqueeze(0), use_cache=False)[0].squeeze(0)
         return logits_TV
+
+    def state_bytes(self, cache: SpanCache, count: int) -> int:
+        """The size of what `state_pieces` gives."""
+        return state_bytes(cache, count)
+
+    def state_pieces(self, cache: SpanCache, count: int) -> Iterator[StatePiece]:
+        """What another node needs to go on after `count` tokens (`mycel.node.span_state`)."""
+        return state_pieces(cache, count)
+
+    def state_intake(self, count: int, usable: int) -> SpanIntake:
+        """Takes a cache of `count` tokens over. Computes a token first, which shows what a cache looks like."""
+        like = self.new_cache()
+        token = torch.zeros(1, dtype=torch.int64)
+        self.forward(token if self.is_first else torch.zeros(1, self.info.hidden_size, dtype=self.dtype), like)
+        return SpanIntake(self.new_cache(), like, count, usable)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The one computed in."""
+        return next(tensor.dtype for tensor in self.tensors if tensor.is_floating_point())
 
     def _check(self, inputs: Tensor) -> None:
         if self.is_first:

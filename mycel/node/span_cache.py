@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -62,12 +63,24 @@ class _Buffer:
             data_BHTD.narrow(2, 0, kept).copy_(self.data_BHTD.narrow(2, first - self.first, kept))
         self.data_BHTD, self.first, self.capacity = data_BHTD, first, capacity
 
+    def begin(self, first: int, count: int, like: _Buffer) -> None:
+        """Empty, with room for tokens [first, count), which look as those of `like` do."""
+        assert like.data_BHTD is not None
+        batch, heads, _, dim = like.data_BHTD.shape
+        self.first, self.end, self.capacity = first, first, max(_capacity(count - first), _PAGE_TOKENS)
+        self.data_BHTD = torch.empty(batch, heads, self.capacity, dim, dtype=like.data_BHTD.dtype)
+
+    def rows(self, end: int) -> Tensor:
+        """Tokens [first, end). What they hold is never written again, not even when the buffer moves."""
+        assert self.data_BHTD is not None
+        return self.data_BHTD[0].narrow(1, 0, end - self.first)
+
     @property
     def nbytes(self) -> int:
         return 0 if self.data_BHTD is None else self.data_BHTD.nbytes
 
 
-class _Layer(CacheLayerMixin):
+class BlockCache(CacheLayerMixin):
     """One block's keys and values; `window` tokens are visible to a query (itself included), None means all."""
 
     is_croppable = True
@@ -91,6 +104,40 @@ class _Layer(CacheLayerMixin):
         self.length += key_states.shape[2]
         return keys, values
 
+    @property
+    def first(self) -> int:
+        """The oldest token that is kept."""
+        return self.key_buffer.first
+
+    def begin(self, first: int, count: int, like: BlockCache) -> None:
+        """Expect tokens [first, count) of another node's cache (`put`); `like` shows what tokens look like here."""
+        self.key_buffer.begin(first, count, like.key_buffer)
+        self.value_buffer.begin(first, count, like.value_buffer)
+        self.length = first
+
+    def skip_to(self, position: int) -> None:
+        """Nothing older than `position` comes."""
+        for buffer in (self.key_buffer, self.value_buffer):
+            buffer.first = buffer.end = position
+        self.length = position
+
+    def put(self, keys_HTD: Tensor, values_HTD: Tensor) -> None:
+        """Adds tokens that were computed elsewhere, into the room that `begin` made."""
+        for buffer, rows_HTD in ((self.key_buffer, keys_HTD), (self.value_buffer, values_HTD)):
+            buffer.append(rows_HTD.unsqueeze(0), buffer.first)
+        self.length += keys_HTD.shape[1]
+
+    def rows(self, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of tokens [first, end).
+
+        While a step appends on another thread, too, unless there is a window: then `first` moves.
+        """
+        return self.key_buffer.rows(end), self.value_buffer.rows(end)
+
+    def needed_from(self, length: int) -> int:
+        """The oldest token that another node gets, to go on from position `length`: with the rollback margin."""
+        return 0 if self.window is None else max(self.visible_from(length) - ROLLBACK_TOKENS, 0)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         offset = self.visible_from(self.length)
         return self.length - offset + query_length, offset
@@ -112,9 +159,14 @@ class SpanCache(Cache):
     """
 
     def __init__(self, start: int, windows: Sequence[int | None]) -> None:
-        self._blocks = [_Layer(window) for window in windows]
+        self._blocks = [BlockCache(window) for window in windows]
         super().__init__(layers=[*self._blocks])
         self._start = start
+
+    @property
+    def by_block(self) -> dict[int, BlockCache]:
+        """Each block's keys and values, by its index in the whole model."""
+        return {self._start + index: layer for index, layer in enumerate(self._blocks)}
 
     @property
     def length(self) -> int:
@@ -136,7 +188,7 @@ class SpanCache(Cache):
         if not 0 <= n <= length:
             raise ValueError(f"cannot roll back to {n} tokens: the cache holds {length}")
         for layer in self._blocks:
-            if layer.visible_from(n) < layer.key_buffer.first:
+            if layer.visible_from(n) < layer.first:
                 raise ValueError(f"cannot roll back to {n} tokens: a sliding window has dropped what they would see")
         self.restore(n)
 

@@ -86,6 +86,7 @@ class Station:
             per_token = max(1, span.session_bytes(span.start, span.end, 1))
             free, total = service.budget.free_bytes // per_token, service.budget.total_bytes // per_token
             sessions = len(service.sessions)
+            self.link_bytes_per_s = max(self.link_bytes_per_s, service.rates.best)
         return Announcement(
             swarm=self.model.swarm,
             start=self.claimed[0],

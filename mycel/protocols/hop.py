@@ -4,7 +4,7 @@ A hop keeps everything it put out (`OutputLog`), so that a replaced neighbour is
 client; whoever receives drops what it has already computed. The two together make every resend harmless: outputs depend
 on the inputs alone, so a position means the same bytes whoever sends it and however often.
 
-    previous hop --Step/NextToken--> accept() -> compute -> log.append() -> log.pending() --> next hop
+    previous hop --Step/NextToken--> accept() -> compute -> log.append() -> cursor.pending() --> next hop
 
 Ring: pure.
 """
@@ -28,30 +28,56 @@ class Output(Generic[T]):
     count: int
     value: T
 
+    @property
+    def end(self) -> int:
+        return self.position + self.count
+
 
 @dataclass(slots=True)
 class OutputLog(Generic[T]):
-    """All outputs of the session, in order and without gaps; `cursor` says what the current link has been given."""
+    """All outputs of the session, in order and without gaps."""
 
     outputs: list[Output[T]] = field(default_factory=list)
-    cursor: int = 0
 
     def append(self, position: int, count: int, value: T) -> None:
-        if self.outputs and position != self.outputs[-1].position + self.outputs[-1].count:
+        if self.outputs and position != self.outputs[-1].end:
             raise LocalProtocolError(f"output for position {position} leaves a gap")
         self.outputs.append(Output(position, count, value))
 
-    def pending(self) -> Output[T] | None:
-        """The next output that the current link has not been given, or None."""
-        return self.outputs[self.cursor] if self.cursor < len(self.outputs) else None
 
-    def given(self) -> None:
-        """The link took the pending output. (Whoever is unsure gives it again: the receiver skips what it has.)"""
-        self.cursor += 1
+@dataclass(slots=True)
+class LogCursor(Generic[T]):
+    """What one link has been given of the log: everything before `position`, or its peer has it already.
+
+    An output of which the peer has a part is given whole; the peer skips what it has.
+    """
+
+    log: OutputLog[T]
+    position: int = 0
+    _index: int = 0
+
+    def pending(self) -> Output[T] | None:
+        """The next output to give, or None."""
+        outputs = self.log.outputs
+        while self._index < len(outputs) and outputs[self._index].end <= self.position:
+            self._index += 1
+        return outputs[self._index] if self._index < len(outputs) else None
+
+    def has_history(self) -> bool:
+        """Whether more than one output is to be given: worth asking what of it the peer lacks."""
+        return self.pending() is not None and self._index + 1 < len(self.log.outputs)
+
+    def given(self, output: Output[T]) -> None:
+        """The link took `output`. (Whoever is unsure gives it again: the receiver skips what it has.)"""
+        self.position = max(self.position, output.end)
+
+    def skip_to(self, position: int) -> None:
+        """The peer lacks nothing before `position`."""
+        self.position = max(self.position, position)
 
     def rewind(self) -> None:
-        """The link is new: everything has to be given again."""
-        self.cursor = 0
+        """Nobody knows what arrived: everything has to be given again, unless the peer says what it lacks."""
+        self.position = self._index = 0
 
 
 @dataclass(slots=True)
@@ -113,6 +139,20 @@ class HopMachine:
         skip = min(count, self.position - position)
         self.position += count - skip
         return skip
+
+    def usable(self, position: int) -> int:
+        """How much of a state of `position` tokens this hop can begin from.
+
+        A last hop has to sample itself whatever follows the tokens that it knows.
+        """
+        generation = self.opening.generation
+        return position if generation is None else min(position, len(generation.tokens) - 1)
+
+    def take_over(self, position: int) -> None:
+        """Begin at `position`: what the inputs before it led to was handed over. LocalProtocolError once begun."""
+        if self.position or position != self.usable(position) or position >= self.opening.max_tokens:
+            raise LocalProtocolError(f"a state of {position} tokens for a hop at position {self.position}")
+        self.position = position
 
     def relink(self, message: Relink) -> tuple[bool, bool]:
         """Take the new neighbours; whether the link from the previous hop and the one to the next are new ones."""

@@ -308,13 +308,16 @@ class GetManifest(Message, frozen=True):
 
 
 class ManifestBytes(Message, frozen=True):
-    """The manifest, whose SHA-256 is the swarm id."""
+    """The manifest, whose SHA-256 is the swarm id; its founder's signature is in it."""
 
     manifest: Annotated[bytes, Meta(max_length=8 * 1024 * 1024)]
 
 
 class GetFile(Message, frozen=True):
-    """Bytes [offset, offset + size_bytes) of the blob whose SHA-256 is `digest`."""
+    """Bytes [offset, offset + size_bytes) of a blob.
+
+    `digest` is its SHA-256, or for a unit of weights the SHA-256 of its chunks' hashes.
+    """
 
     swarm: Key
     digest: Key

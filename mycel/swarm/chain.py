@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from mycel.protocols.errors import LocalProtocolError
 from mycel.protocols.messages import Generation, OpenHop, PeerAddress, Relink
 from mycel.swarm.routing import Hop
@@ -57,8 +59,25 @@ def neighbours(hops: Sequence[Hop], index: int) -> tuple[PeerAddress, PeerAddres
     return hops[index - 1].peer, hops[(index + 1) % len(hops)].peer
 
 
-def opening(plan: Mend, index: int, session: bytes, swarm: bytes, max_tokens: int, generation: Generation) -> OpenHop:
-    """The message that opens hop `index`: the first hop is told every token so far, the last how to go on."""
+def relaid(hops: Sequence[Hop], links: Sequence[int], receiver: int, number: int) -> Mend:
+    """The same hops, with another link into hop `receiver`: both of its ends are relinked."""
+    kept = [*links[:receiver], number, *links[receiver + 1 :]]
+    return Mend(tuple(hops), tuple(kept), (), tuple(sorted({(receiver - 1) % len(hops), receiver})))
+
+
+def opening(
+    plan: Mend,
+    index: int,
+    session: bytes,
+    swarm: bytes,
+    max_tokens: int,
+    generation: Generation,
+    giver: str = "",
+) -> OpenHop:
+    """The message that opens hop `index`: the first hop is told every token so far, the last how to go on.
+
+    `giver` is who may hand the session's state over to it.
+    """
     hops = plan.hops
     previous, following = neighbours(hops, index)
     return OpenHop(
@@ -73,10 +92,24 @@ def opening(plan: Mend, index: int, session: bytes, swarm: bytes, max_tokens: in
         generation=generation if index == len(hops) - 1 else None,
         inbound=plan.links[index],
         outbound=plan.links[(index + 1) % len(hops)],
+        giver=giver,
     )
 
 
-def relinking(plan: Mend, index: int) -> Relink:
-    """The message that tells hop `index` its neighbours and links as they are now."""
-    previous, following = neighbours(plan.hops, index)
-    return Relink(previous, following, plan.links[index], plan.links[(index + 1) % len(plan.hops)])
+def relinking(hops: Sequence[Hop], links: Sequence[int], index: int) -> Relink:
+    """The message that tells hop `index` its neighbours and links as they are now; a spare link is given up."""
+    previous, following = neighbours(hops, index)
+    return Relink(previous, following, links[index], links[(index + 1) % len(links)])
+
+
+def filling(hops: Sequence[Hop], links: Sequence[int], plan: Mend) -> tuple[int, Relink] | None:
+    """Which hop of the chain as it is (`hops`, `links`) is to fill the newcomers of `plan`, and the message for it.
+
+    None if the newcomers are the whole chain: their first hop has every token, and nobody else is there.
+    """
+    if len(plan.opened) == len(plan.hops):
+        return None
+    first = plan.opened[0]
+    index = (first - 1) % len(hops)
+    said = relinking(hops, links, index)
+    return index, replace(said, spare=plan.hops[first].peer, spare_link=plan.links[first])

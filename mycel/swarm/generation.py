@@ -39,11 +39,17 @@ class NewToken:
 
 @dataclass(frozen=True, slots=True)
 class RouteChosen:
-    """The chain is set up or mended; `reason` says why this one, `lost` who was replaced and why."""
+    """The chain is set up or changed; `reason` says why this one.
+
+    `lost`: who failed and why, with `position` as far as the session had got by then; `moved`: whose work another took
+    over while it went on, and how.
+    """
 
     hops: tuple[Hop, ...]
     reason: str
     lost: tuple[tuple[str, str], ...] = ()
+    moved: tuple[tuple[str, str], ...] = ()
+    position: int = 0
 
 
 SessionEvent = NewToken | RouteChosen

@@ -4,15 +4,22 @@ A token costs, for each hop, its queue, its overhead and its blocks; for each li
 closed: the last hop sends the token to the first. A hop may use any part of what its peer serves, and a peer is used
 for one hop at most, because a session has one state on each peer.
 
+Many clients decide from the same view, which is seconds old, and know nothing of each other: if all took the cheapest
+chain, it would be the worst. So a client draws (`choose_chain` with rng). Where peers could stand in for each other,
+one is drawn with a weight of (best / cost) * max(1/2, best / cost): equal peers equally often, one that is twice as
+slow a quarter as often. A weight between half the rate and the rate itself also means that of many clients no peer gets
+more than twice the share that its rate is of all rates, whatever the others are.
+
 Ring: pure.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from math import inf, log, sqrt
 from typing import TYPE_CHECKING
 
 from mycel.protocols.errors import RouteUnavailable
@@ -25,12 +32,14 @@ if TYPE_CHECKING:
 
 DEFAULT_RTT_S = 0.05
 MAX_RTT_S = 5.0
-# With chance, a chain may be this much dearer than the cheapest, so that many clients do not all take the same one.
-SPREAD = 0.1
+# A chain that is drawn costs at most so many times what the cheapest does; who is dearer would be no help to anybody.
+MAX_DEARER = 4.0
 # In a larger swarm only the best holders of each block are looked at, which keeps the choice under some 50 ms.
 MAX_CANDIDATES = 64
 # More than any real chain costs: a peer without KV memory left is taken only where there is no other.
 _FULL_PENALTY_S = 1e6
+# One that is far dearer than others in its place is not drawn while there are others.
+_DEAR_PENALTY_S = 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,39 +67,53 @@ def choose_chain(  # noqa: PLR0913 (a stretch of a chain has two ends and two ne
     max_tokens: int,
     start: int = 0,
     end: int | None = None,
-    exclude: frozenset[str] = frozenset(),
+    failed: frozenset[str] = frozenset(),
+    in_chain: frozenset[str] = frozenset(),
     previous: str | None = None,
     following: str | None = None,
+    load: Mapping[str, int] | None = None,
     rng: Random | None = None,
 ) -> Chain:
     """The cheapest chain over blocks [start, end) (to the last block if None) for a session of `max_tokens` tokens.
 
-    `rtts` are the client's own round trips in seconds. With `previous` and `following`, the peers beside a stretch that
-    has to be replaced, the links to them count and they are not used again; without, the stretch is a ring by itself.
-    Leaving peers are never used, those with too little free KV memory only where nobody else serves a block.
+    `rtts` are the client's own round trips in seconds, `load` the sessions that it has at peers already, which each
+    wait for the others. With `previous` and `following`, the peers beside a stretch that has to be replaced, the links
+    to them count and they are not used again; without, the stretch is a ring by itself. Not used either are peers that
+    `failed`, are `in_chain` elsewhere, leave or only join; those with too little free KV memory only where nobody else
+    serves a block.
 
     The same arguments give the same chain: the cheapest of all, for up to MAX_CANDIDATES usable peers. With `rng` it is
-    drawn among those at most SPREAD dearer: every peer's part is made dearer by a random factor in [1, 1 + SPREAD] and
-    the cheapest is taken then.
+    drawn among those at most MAX_DEARER times as dear.
 
     Raises RouteUnavailable with the block ranges that no peer is left for.
     """
     end = view.n_blocks if end is None else end
     if not 0 <= start < end <= view.n_blocks:
         raise ValueError(f"[{start}, {end}) is not a range of {view.n_blocks} blocks")
-    barred = exclude | {peer for peer in (previous, following) if peer is not None}
-    usable = {p.peer: p for p in view.serving() if p.peer not in barred and p.start < end and p.end > start}
-    _demand_coverage(view, usable, start, end)
-    full = frozenset(name for name, peer in usable.items() if peer.kv_free_tokens < max_tokens)
-    links = Links.between(view, rtts)
-    factors = {name: 1.0 + (SPREAD * rng.random() if rng else 0.0) for name in usable}
-    candidates = _shortlist(usable, start, end, _dearness(usable, links, factors, full))
-    network = _network(candidates, start, end, links, factors=factors, full=full)
-    legs = cheapest_path(network, previous, following)
-    seconds = _seconds(usable, legs, links, previous, following)
+    beside = frozenset(peer for peer in (previous, following) if peer is not None)
+    barred = failed | in_chain | beside
+    peers = (p for p in view.serving() if p.peer not in barred and p.start < end and p.end > start)
+    usable = {p.peer: _loaded(p, start, end, (load or {}).get(p.peer, 0)) for p in peers}
+    _demand_coverage(view, usable, start, end, failed, in_chain | beside)
+    search = _Search(view, usable, start, end, Links.between(view, rtts), max_tokens, previous, following)
+    legs, seconds = search.cheapest({})
+    first_hops, how = sum(peer.start <= start for peer in usable.values()), "cheapest"
+    if rng is not None and len(usable) > len(legs):
+        drawn, drawn_s = search.cheapest(search.weighted(rng))
+        if drawn_s <= MAX_DEARER * seconds:
+            how = f"drawn at {drawn_s / seconds:.2f} times the cheapest" if seconds else "drawn"
+            legs, seconds = drawn, drawn_s
     hops = tuple(Hop(usable[leg.peer].address, leg.start, leg.end) for leg in legs)
-    first_hops = sum(peer.start <= start for peer in usable.values())
-    return Chain(hops, seconds, _reason(hops, seconds, first_hops, full, drawn=rng is not None))
+    return Chain(hops, seconds, _reason(hops, seconds, first_hops, search.full, how))
+
+
+def _loaded(peer: PeerView, start: int, end: int, n_sessions: int) -> PeerView:
+    """The peer as a further session finds it that has to wait for `n_sessions` of ours, with their part of its span."""
+    if not n_sessions:
+        return peer
+    n_blocks = min(end, peer.end) - max(start, peer.start)
+    step_s = peer.overhead_s + n_blocks * peer.block_time_s
+    return replace(peer, queue_s=peer.queue_s + n_sessions * step_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,30 +143,95 @@ class Links:
         return min(rtt_s, MAX_RTT_S) / 2
 
 
-def _demand_coverage(view: View, usable: Mapping[str, PeerView], start: int, end: int) -> None:
+def _demand_coverage(
+    view: View,
+    usable: Mapping[str, PeerView],
+    start: int,
+    end: int,
+    failed: frozenset[str],
+    in_chain: frozenset[str],
+) -> None:
     """Raises RouteUnavailable, saying who was set aside, unless every block of [start, end) has a usable peer."""
     covered = {block for peer in usable.values() for block in range(peer.start, peer.end)}
     missing = ranges(block for block in range(start, end) if block not in covered)
     if not missing:
         return
-    holds = [p for p in view.peers.values() if any(p.start < last and first < p.end for first, last in missing)]
-    leaving = sum(not peer.serving for peer in holds)
-    excluded = len(holds) - leaving
-    aside = [f"{count} {why}" for count, why in ((leaving, "leaving"), (excluded, "failed or in use")) if count]
-    note = f" (of those that did: {', '.join(aside)})" if aside else ""
+    counts: dict[str, int] = {}
+    for p in view.peers.values():
+        if any(p.start < last and first < p.end for first, last in missing):
+            why = (
+                "in this chain" if p.peer in in_chain else "failed" if p.peer in failed else p.state
+            )  # what else sets one aside is that it does not serve (yet, or any more)
+            counts[why] = counts.get(why, 0) + 1
+    aside = ", ".join(f"{count} {why}" for why, count in sorted(counts.items()))
+    note = f" (of those that hold them: {aside})" if aside else ""
     raise RouteUnavailable(missing, f"no live peer serves blocks {show_ranges(missing)}{note}")
 
 
-def _dearness(
-    usable: Mapping[str, PeerView], links: Links, factors: Mapping[str, float], full: frozenset[str]
-) -> dict[str, float]:
-    """Seconds a block, each peer by itself: what it is to be ranked by before chains are looked at."""
-    way_s = {name: links.client.get(name, DEFAULT_RTT_S) for name in usable}
-    return {
-        name: factors[name] * ((p.overhead_s + p.queue_s + way_s[name]) / (p.end - p.start) + p.block_time_s)
-        + (_FULL_PENALTY_S if name in full else 0.0)
-        for name, p in usable.items()
-    }
+@dataclass(frozen=True, slots=True)
+class _Search:
+    """One request: who may serve blocks [start, end), over which links, between whom."""
+
+    view: View
+    usable: Mapping[str, PeerView]
+    start: int
+    end: int
+    links: Links
+    max_tokens: int
+    previous: str | None
+    following: str | None
+
+    @property
+    def full(self) -> frozenset[str]:
+        """Who has too little free KV memory."""
+        return frozenset(name for name, peer in self.usable.items() if peer.kv_free_tokens < self.max_tokens)
+
+    def cheapest(self, factors: Mapping[str, float]) -> tuple[tuple[Leg, ...], float]:
+        """The cheapest legs where a peer's part costs `factors` times as much, and what they cost without."""
+        weighed = {name: factors.get(name, 1.0) for name in self.usable}
+        penalties = dict.fromkeys(self.full, _FULL_PENALTY_S)
+        for name, factor in weighed.items():
+            if factor == inf:
+                weighed[name], penalties[name] = 1.0, penalties.get(name, 0.0) + _DEAR_PENALTY_S
+        candidates = _shortlist(self.usable, self.start, self.end, self._dearness(weighed, penalties))
+        network = _network(candidates, self.start, self.end, self.links, factors=weighed, penalties=penalties)
+        legs = cheapest_path(network, self.previous, self.following)
+        return legs, _seconds(self.usable, legs, self.links, self.previous, self.following)
+
+    def weighted(self, rng: Random) -> dict[str, float]:
+        """Random factors that make a peer the cheapest in its place as often as its weight says; inf: not at all.
+
+        Of peers that could stand in for each other, the one with the least E / weight is taken, E being exponential:
+        that draws them by weight. As a factor on the cost: sqrt(E / weight) * best / cost.
+        """
+        dearness = self._dearness(dict.fromkeys(self.usable, 1.0), {})
+        blocks = range(self.start, self.end)
+        holders = [[n for n, p in self.usable.items() if p.start <= block < p.end] for block in blocks]
+        best = [min(dearness[name] for name in names) for names in holders]
+        factors: dict[str, float] = {}
+        for name, peer in self.usable.items():
+            own = best[max(peer.start, self.start) - self.start : min(peer.end, self.end) - self.start]
+            here = sum(own) / len(own)
+            times = dearness[name] / here if here > 0.0 else 1.0 if dearness[name] <= 0.0 else inf
+            chance = sqrt(-log(1.0 - rng.random()))
+            factors[name] = inf if times > MAX_DEARER else chance * (1.0 if times <= 2.0 else sqrt(2.0 / times))
+        return factors
+
+    def _dearness(self, factors: Mapping[str, float], penalties: Mapping[str, float]) -> dict[str, float]:
+        """Seconds a block, each peer by itself: what it is to be ranked by before chains are looked at."""
+        found: dict[str, float] = {}
+        for name, p in self.usable.items():
+            n_blocks = min(p.end, self.end) - max(p.start, self.start)
+            seconds = (p.overhead_s + p.queue_s + self._way_s(p)) / n_blocks + p.block_time_s
+            found[name] = factors[name] * seconds + penalties.get(name, 0.0)
+        return found
+
+    def _way_s(self, peer: PeerView) -> float:
+        """What the links of a peer are expected to cost, before it is known whom they lead to."""
+        beside = [name for name in (self.previous, self.following) if name is not None]
+        if beside:
+            return sum(self.links.half_rtt_s(name, peer.peer) for name in beside)
+        return 0.0 if peer.covers(self.start, self.end) else self.links.client.get(peer.peer, DEFAULT_RTT_S)
 
 
 def _shortlist(
@@ -169,7 +257,7 @@ def _network(
     links: Links,
     *,
     factors: Mapping[str, float],
-    full: frozenset[str],
+    penalties: Mapping[str, float],
 ) -> Network:
     """The stretches between the ends of spans, who holds each, and the price of everything."""
     edges = {edge for p in usable.values() for edge in (p.start, p.end) if start < edge < end}
@@ -186,8 +274,7 @@ def _network(
         cuts=cuts,
         holders=holders,
         enter_s={
-            name: (p.overhead_s + p.queue_s) * factors[name] + (_FULL_PENALTY_S if name in full else 0.0)
-            for name, p in usable.items()
+            name: (p.overhead_s + p.queue_s) * factors[name] + penalties.get(name, 0.0) for name, p in usable.items()
         },
         block_s={name: p.block_time_s * factors[name] for name, p in usable.items()},
         link_s=link_s,
@@ -216,15 +303,10 @@ def _seconds(
     return total + sum(links.half_rtt_s(a, b) for a, b in pairwise(walk))
 
 
-def _reason(hops: tuple[Hop, ...], seconds: float, first_hops: int, full: frozenset[str], *, drawn: bool) -> str:
+def _reason(hops: tuple[Hop, ...], seconds: float, first_hops: int, full: frozenset[str], how: str) -> str:
     route = ", ".join(f"{short_id(hop.peer.peer)} {hop.start}:{hop.end}" for hop in hops)
     count = "1 hop" if len(hops) == 1 else f"{len(hops)} hops"
-    if first_hops == 1:
-        why = "the only first hop"
-    elif drawn:
-        why = f"drawn within {SPREAD:.0%} of the cheapest of {first_hops} first hops"
-    else:
-        why = f"cheapest of {first_hops} first hops"
+    why = "the only first hop" if first_hops == 1 else f"{how} of {first_hops} first hops"
     short = [short_id(hop.peer.peer) for hop in hops if hop.peer.peer in full]
     note = f"; short of KV memory: {', '.join(short)}" if short else ""
     return f"{count}, {seconds * 1e3:.1f} ms a token: {route} ({why}{note})"

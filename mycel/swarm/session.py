@@ -5,82 +5,45 @@ notices a loss at once and how hops notice that the client has gone. What the cl
 to replace any hop: a new first hop gets them as its prompt, a new last hop as its history, and every other is refilled
 by its neighbour.
 
+Others decide and do the parts: who is to be replaced (liveness), by whom (recruiting), with which messages (chain), and
+how a hop that leaves is replaced while it still works (handing_over).
+
 Ring: shell.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
-from typing import Protocol
 
 import trio
 
-from mycel.protocols import ids
-from mycel.protocols.codec import session_codec
-from mycel.protocols.errors import (
-    LocalProtocolError,
-    MycelError,
-    PeerError,
-    PeerRefused,
-    PeerTimeout,
-    PeerUnreachable,
-    RemoteProtocolError,
-    RouteUnavailable,
-    one_line,
-)
-from mycel.protocols.messages import (
-    Generation,
-    HopFailed,
-    HopOpened,
-    HopRefused,
-    Sampled,
-)
-from mycel.protocols.ports import Stream, Transport
-from mycel.swarm.chain import Mend, mend, opening, relinking
+from mycel.protocols.errors import MycelError, PeerError, PeerTimeout, RemoteProtocolError, RouteUnavailable
+from mycel.protocols.messages import AskProgress, HopFailed, Leaving, Progress, Sampled
+from mycel.protocols.ports import Transport
+from mycel.swarm.chain import mend, relaid
+from mycel.swarm.control import Heard, abandon_all, dismiss_all
 from mycel.swarm.generation import NewToken, Request, RouteChosen, SessionEvent
-from mycel.swarm.routing import Chain, Hop, choose_chain
-from mycel.swarm.view import View
+from mycel.swarm.handing_over import HandingOver
+from mycel.swarm.liveness import Ask, Lost, Relay
+from mycel.swarm.open_chain import OpenChain
+from mycel.swarm.recruiting import Recruiter, ViewSource
+from mycel.swarm.routing import Chain, Hop
+from mycel.swarm.view import short_id
 
-OPEN_PATIENCE_S = 15.0
-EXCLUSION_S = 30.0
 REFRESH_S = 0.5
-CLOSE_PATIENCE_S = 2.0
+PROGRESS_PATIENCE_S = 1.0
 # Chains that are set up again and again and never give a token have to end, too.
 MAX_MENDS_WITHOUT_TOKEN = 32
-
-
-class ViewSource(Protocol):
-    """Where a session learns who serves what."""
-
-    async def view(self, *, fresh: bool = False) -> View:
-        """The view of peers alive now; with `fresh`, read from the directory for this call."""
-        ...
-
-
-@dataclass(eq=False, slots=True)
-class _Control:
-    """An open hop: its stream, and whether it is still part of the chain."""
-
-    hop: Hop
-    stream: Stream
-    lost: str = ""
-    inbound: int = 0
-    listening: trio.CancelScope = field(default_factory=trio.CancelScope)
-
-
-@dataclass(frozen=True, slots=True)
-class _Heard:
-    control: _Control
-    what: Sampled | HopFailed | PeerError
 
 
 @dataclass(eq=False, slots=True)
 class InferenceSession:
     """One generation. `run` sends its events into `out` and ends when the generation does.
+
+    `planned` is a chain to begin with; `in_flight` counts the hops of all sessions of this client, by peer.
 
     Raises RouteUnavailable when blocks stay uncovered for the request's patience, PeerTimeout when no token came in it.
     """
@@ -92,257 +55,268 @@ class InferenceSession:
     out: trio.MemorySendChannel[SessionEvent]
     rng: Random = field(default_factory=Random)
     session_id: bytes = field(default_factory=lambda: os.urandom(16))
+    planned: Chain | None = None
+    in_flight: Counter[str] = field(default_factory=Counter)
     tokens: list[int] = field(init=False)
-    _controls: list[_Control] = field(default_factory=list, init=False)
-    _excluded: dict[str, tuple[float, str]] = field(default_factory=dict, init=False)
+    _recruiter: Recruiter = field(init=False)
+    _chain: OpenChain = field(init=False)
+    _losses: list[tuple[str, str]] = field(default_factory=list, init=False)
+    _lost_at: int = field(default=0, init=False)
+    _exit: HandingOver | None = field(default=None, init=False)
+    _exits_failed: int = field(default=0, init=False)
+    _over: bool = field(default=False, init=False)
     _progress_at_s: float = field(default=0.0, init=False)
     _mends: int = field(default=0, init=False)
-    _attempts: int = field(default=0, init=False)
+    _nursery: trio.Nursery = field(init=False)
+    _heard_send: trio.MemorySendChannel[Heard] = field(init=False)
+    _heard: trio.MemoryReceiveChannel[Heard] = field(init=False)
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self._recruiter = Recruiter(
+            self.transport, self.source, self.swarm, self.session_id, self.request, self.rng, self.in_flight
+        )
+        self._chain = OpenChain(self.in_flight)
 
     @property
     def hops(self) -> tuple[Hop, ...]:
         """The chain as it is now."""
-        return tuple(control.hop for control in self._controls)
+        return self._chain.hops
 
     async def run(self) -> None:
         """The whole walk: open a chain, hear tokens, mend when a hop is lost, close."""
-        heard_send, heard = trio.open_memory_channel[_Heard](16)
+        self._heard_send, self._heard = trio.open_memory_channel[Heard](16)
         failure: MycelError | None = None
-        async with self.out, trio.open_nursery() as nursery:
+        async with self.out, trio.open_nursery() as self._nursery:
             try:
-                await self._mend(range(0), nursery, heard_send)
-                await self._hear_all(nursery, heard_send, heard)
+                await self._mend()
+                while not self._over:
+                    patience_until_s = self._progress_at_s + self.request.patience_s
+                    await self._hear(min(patience_until_s, self._chain.liveness.wake_at_s))
+                    await self._look_around()
+                    await self._mend()
+                    await self._hand_over()
             except MycelError as error:
                 failure = error  # raised below, outside the nursery, which would wrap it in a group
             finally:
-                nursery.cancel_scope.cancel()
-                with trio.move_on_after(CLOSE_PATIENCE_S, shield=True):
-                    await _close_all(self._controls)
+                self._nursery.cancel_scope.cancel()
+                successors = self._exit.successors if self._exit is not None else ()
+                await dismiss_all([*self._chain.clear(), *successors])
         if failure is not None:
             raise failure
 
-    async def _hear_all(
-        self,
-        nursery: trio.Nursery,
-        heard_send: trio.MemorySendChannel[_Heard],
-        heard: trio.MemoryReceiveChannel[_Heard],
-    ) -> None:
-        while True:
-            with trio.move_on_at(self._progress_at_s + self.request.patience_s) as patience:
-                event = await heard.receive()
-            if patience.cancelled_caught:
-                raise PeerTimeout("", f"no token for {self.request.patience_s:.0f} s at position {len(self.tokens)}")
-            if event.control not in self._controls:
-                continue  # an echo of a hop that was replaced
-            try:
-                if isinstance(event.what, Sampled):
-                    if await self._take(event.what):
-                        return
-                else:
-                    self._mark_lost(event.control, event.what)
-            except RemoteProtocolError as error:
-                event.control.lost = error.reason
-            while (stretch := self._lost_stretch()) is not None:
-                await self._mend(stretch, nursery, heard_send)
+    # ---- hearing ------------------------------------------------------------------------------------------------
 
-    async def _take(self, sampled: Sampled) -> bool:
-        """Pass a token on if it is new; whether it was the last."""
+    async def _hear(self, until_s: float) -> None:
+        """Take in the next thing that is said, or come back at `until_s`."""
+        try:
+            heard = self._heard.receive_nowait()  # what is there counts, however late it is
+        except trio.WouldBlock:
+            with trio.move_on_at(until_s) as waiting:
+                heard = await self._heard.receive()
+            if waiting.cancelled_caught:
+                return
+        await self._take_in(heard)
+
+    async def _take_in(self, heard: Heard) -> None:
+        control, what = heard.control, heard.what
+        in_chain = control in self._chain.controls
+        if isinstance(what, Progress):
+            control.answered(what)
+        if self._exit is not None and self._exit.hear(control, what) and not in_chain:
+            return
+        succeeds = self._exit is not None and control in self._exit.successors
+        if not in_chain and not succeeds:
+            return  # an echo of a hop that was replaced
+        try:
+            if isinstance(what, Leaving):
+                control.leaving = True
+            elif isinstance(what, Sampled):
+                await self._take_token(what)
+            elif isinstance(what, Progress):
+                self._chain.liveness.answered(trio.current_time(), control.peer, what)
+            elif isinstance(what, HopFailed):
+                self._chain.blame_neighbour(control, what)
+            elif isinstance(what, PeerError):
+                control.lost = control.lost or what.reason
+        except RemoteProtocolError as error:
+            if in_chain:
+                control.lost = control.lost or error.reason
+            elif self._exit is not None:
+                self._exit.hear(control, error)
+
+    async def _take_token(self, sampled: Sampled) -> None:
+        """Pass a token on if it is new, whoever comes first: the last hop, or one that is about to take its place."""
         if sampled.position < len(self.tokens):
-            return False  # a replaced last hop may repeat what its predecessor had delivered
+            return  # a new last hop may repeat what another had delivered
         if sampled.position > len(self.tokens):
             raise RemoteProtocolError(f"token for position {sampled.position}, expected {len(self.tokens)}")
-        self.tokens.append(sampled.token)
+        await self._pass_on(sampled)
+
+    async def _pass_on(self, sampled: Sampled) -> None:
         now = trio.current_time()
+        self.tokens.append(sampled.token)
+        self._over, self._mends = bool(sampled.finish), 0
+        self._chain.liveness.token(now, sampled.position, sampled.timings)
         await self.out.send(NewToken(sampled.position, sampled.token, sampled.finish, sampled.timings, now))
-        self._progress_at_s, self._mends = trio.current_time(), 0
-        return bool(sampled.finish)
+        self._listener_took_it()
 
-    def _mark_lost(self, control: _Control, what: HopFailed | PeerError) -> None:
-        """Blame the peer that failed, and it alone: a hop's report names its neighbour, not itself."""
-        if isinstance(what, PeerError):
-            control.lost = control.lost or what.reason
-            return
-        index, n_hops = self._controls.index(control), len(self._controls)
-        for neighbour in (self._controls[index - 1], self._controls[(index + 1) % n_hops]):
-            if neighbour.hop.peer.peer == what.peer and neighbour is not control:
-                neighbour.lost = neighbour.lost or f"failed its neighbour: {one_line(what.reason)}"
+    def _listener_took_it(self) -> None:
+        """Whoever listens may take its time, and that is nobody's silence."""
+        now = self._progress_at_s = trio.current_time()
+        if now >= self._chain.liveness.wake_at_s:
+            self._chain.liveness.restart(now)
 
-    def _lost_stretch(self) -> range | None:
-        """The first run of neighbouring lost hops, or None."""
-        lost = [i for i, control in enumerate(self._controls) if control.lost]
-        if not lost:
-            return None
-        end = lost[0] + 1
-        while end in lost:
-            end += 1
-        return range(lost[0], end)
+    async def _look_around(self) -> None:
+        """Do what the clock and the answers call for: ask, give up a silent hop, lay a link anew."""
+        now, liveness = trio.current_time(), self._chain.liveness
+        for verdict in liveness.decide(now, self._recruiter.rtts()) if liveness.is_due(now) else ():
+            if isinstance(verdict, Ask):
+                self._chain.ask(self._nursery)
+            elif isinstance(verdict, Lost):
+                await self._lose(verdict)
+            elif isinstance(verdict, Relay):
+                await self._give_up_exit()
+                number = self._recruiter.new_link()
+                await self._chain.relink(relaid(self.hops, self._chain.links, verdict.receiver, number))
+        self._progress_at_s = max(self._progress_at_s, liveness.progress_at_s)
+        if now >= self._progress_at_s + self.request.patience_s:
+            patience_s = self.request.patience_s
+            raise PeerTimeout("", f"no token for {patience_s:.0f} s at position {len(self.tokens)}")
 
-    async def _mend(self, stretch: range, nursery: trio.Nursery, heard: trio.MemorySendChannel[_Heard]) -> None:
-        """Replace the hops of `stretch` (or open the first chain), trying others until the patience runs out."""
+    async def _lose(self, verdict: Lost) -> None:
+        """Give up a hop that may yet come back: only where another can take its place now."""
+        self._nursery.start_soon(self._recruiter.refresh)
+        view = await self._recruiter.view(fresh=False)
+        for index, control in enumerate(self._chain.controls):
+            if control.peer == verdict.peer and self._recruiter.is_replaceable(view, self.hops, index):
+                control.lost = control.lost or verdict.reason
+
+    # ---- planned exits ------------------------------------------------------------------------------------------
+
+    async def _hand_over(self) -> None:
+        """Go on with the replacement of hops that leave: switch if successors are ready, begin if there is none."""
+        if self._exit is not None and self._exit.outcome is not None:
+            if self._exit.outcome:
+                await self._switch(self._exit)
+            else:
+                self._exits_failed += 1
+                await self._give_up_exit()
+        if self._exit is None and self._chain.leaving and not self._over:
+            # One for whom it comes to nothing does not keep the others waiting: it is another's turn.
+            self._exit = HandingOver(self._recruiter, tuple(self._chain.controls), self.tokens, self._exits_failed)
+            self._nursery.start_soon(self._exit.run, self._nursery, self._heard_send)
+
+    async def _switch(self, exit_: HandingOver) -> None:
+        """The successors go on where the leavers are; nobody has to wait for anything."""
+        self._exit, self._exits_failed = None, 0
+        plan, leavers = exit_.switching(), list(exit_.leavers)
+        for control in exit_.successors:
+            control.moved_in = True
+        await self._chain.splice(exit_.stretch, exit_.successors, plan)
+        self._nursery.start_soon(dismiss_all, leavers)
+        reason = f"left: {exit_.outcome}"
+        moved = tuple((control.peer, reason) for control in leavers)
+        names = " and ".join(short_id(control.peer) for control in exit_.successors)
+        await self.out.send(RouteChosen(self.hops, f"{names} took over", moved=moved, position=len(self.tokens)))
+        self._listener_took_it()
+
+    async def _give_up_exit(self) -> None:
+        """Forget about successors that are on their way: something else goes first, or they failed."""
+        if self._exit is not None:
+            exit_, self._exit = self._exit, None
+            await exit_.give_up(self._nursery)
+
+    # ---- mending ------------------------------------------------------------------------------------------------
+
+    async def _mend(self) -> None:
+        """Until no hop is lost: replace lost hops (or open the first chain), trying others for as long as it takes."""
+        fresh, began_s = False, trio.current_time()
+        while not self._over and self._chain.lost_stretch() is not None:
+            await self._hear_all_there_is()
+            stretch = self._chain.lost_stretch()
+            if stretch is None or self._over:
+                return
+            await self._let_go_of_lost()
+            try:
+                part, chain = await self._choose(stretch, fresh=fresh)
+            except RouteUnavailable as error:
+                if trio.current_time() >= max(began_s, self._progress_at_s) + self.request.patience_s:
+                    raise self._recruiter.unavailable(error) from None
+                await self._rest()
+                fresh = True
+                continue
+            fresh = not await self._replace(part, chain)
+
+    async def _hear_all_there_is(self) -> None:
+        """Losses come in company: whatever cut one hop off may have cut off others, whose listeners have their turn."""
+        for _ in range(3):
+            await trio.lowlevel.checkpoint()
+            while not self._over and self._heard.statistics().current_buffer_used:
+                await self._take_in(self._heard.receive_nowait())
+
+    async def _let_go_of_lost(self) -> None:
+        await self._give_up_exit()
+        for control in self._chain.controls:
+            if control.lost and not control.let_go:
+                control.let_go = True
+                self._recruiter.note(control.peer, control.lost)
+                self._losses.append((control.peer, control.lost))
+                began = len(self.tokens) > len(self.request.prompt)
+                self._lost_at = len(self.tokens) if began else self._chain.liveness.furthest
+                self._nursery.start_soon(control.abandon)
+                self._nursery.start_soon(self._recruiter.refresh)
+
+    async def _choose(self, stretch: range, *, fresh: bool) -> tuple[range, Chain]:
+        """Raises RouteUnavailable."""
+        if self.planned is not None:
+            planned, self.planned = self.planned, None
+            self._recruiter.expect(await self._recruiter.view(fresh=False), planned)
+            return range(0), planned
+        return self._recruiter.choose(await self._recruiter.view(fresh=fresh), self.hops, stretch)
+
+    async def _rest(self) -> None:
+        """Wait for a moment, or until a peer may be asked again, listening all the while."""
+        now = trio.current_time()
+        free_s = self._recruiter.failures.next_free_s(now)
+        until_s = now + REFRESH_S if free_s is None else min(free_s, now + REFRESH_S)
+        while not self._over and trio.current_time() < until_s:
+            await self._hear(until_s)
+
+    async def _replace(self, stretch: range, chain: Chain) -> bool:
+        """Open the hops of `chain` in the place of `stretch`; whether that went well."""
+        if len(stretch) == len(self._chain.controls):
+            await abandon_all(control for control in self._chain.clear() if not control.let_go)
+            stretch = range(0)
+        plan = mend(self.hops, self._chain.links, stretch, chain.hops, self._recruiter.new_link())
+        opened = await self._recruiter.open_all(plan, self.tokens, n_history=await self._history(stretch))
+        if opened is None:
+            return False
         self._mends += 1
         if self._mends > MAX_MENDS_WITHOUT_TOKEN:
+            await dismiss_all(opened)
             raise PeerTimeout("", f"no token in {self._mends} chains at position {len(self.tokens)}")
-        gone = self._controls[stretch.start : stretch.stop]
-        losses = tuple((control.hop.peer.peer, control.lost) for control in gone)
-        for control in gone:
-            self._exclude(control.hop.peer.peer, control.lost)
-            nursery.start_soon(_abandon, control)
-        deadline = trio.current_time() + self.request.patience_s
-        opened, fresh = None, bool(gone)
-        while opened is None:
-            found, chain = await self._choose(stretch, deadline, fresh=fresh)
-            if len(found) > len(stretch):
-                await self._give_up_chain()
-                stretch = range(0)
-            self._attempts += 1
-            links = [control.inbound for control in self._controls]
-            plan = mend(self.hops, links, stretch, chain.hops, self._attempts)
-            opened = await self._open_all(plan)
-            fresh = True
-        self._controls[stretch.start : stretch.stop] = opened
-        for control, inbound in zip(self._controls, plan.links, strict=True):
-            control.inbound = inbound
-        self._progress_at_s = trio.current_time()
         for control in opened:
-            nursery.start_soon(_listen, control, heard)
-        for index in plan.relinked:
-            control = self._controls[index]
-            try:
-                await control.stream.send(*session_codec.encode(relinking(plan, index)))
-            except PeerError as error:
-                control.lost = control.lost or error.reason
-        # Last, because whoever listens may be slow, and the hops wait for their links.
-        await self.out.send(RouteChosen(plan.hops, chain.reason, losses))
+            self._nursery.start_soon(control.listen, self._heard_send)
+        await self._chain.splice(stretch, opened, plan)
         self._progress_at_s = trio.current_time()
+        losses, self._losses = tuple(self._losses), []
+        # Last, because whoever listens may be slow, and the hops wait for their links.
+        await self.out.send(RouteChosen(plan.hops, chain.reason, losses, position=self._lost_at))
+        self._listener_took_it()
+        return True
 
-    async def _choose(self, stretch: range, deadline: float, *, fresh: bool) -> tuple[range, Chain]:
-        """A chain for `stretch`, or else for all hops, waiting for the directory until `deadline`; and for which."""
-        while True:
-            view = await self.source.view(fresh=fresh)
-            try:
-                return stretch, self._choose_from(view, stretch)
-            except RouteUnavailable as error:
-                everything = range(len(self._controls))
-                if len(stretch) < len(everything):
-                    # Perhaps only hops that we have hold the lost blocks, and one hop cannot be two.
-                    with suppress(RouteUnavailable):
-                        return everything, self._choose_from(view, everything)
-                if trio.current_time() >= deadline:
-                    raise RouteUnavailable(error.missing, self._explain(error)) from None
-            await trio.sleep(REFRESH_S)
-            fresh = True
+    async def _history(self, stretch: range) -> int | None:
+        """How many tokens a new last hop is told: no more than the first hop has, so that it passes on the rest.
 
-    def _choose_from(self, view: View, stretch: range) -> Chain:
-        hops, now = self.hops, trio.current_time()
-        whole = len(stretch) == len(hops)
-        rtts = {peer: rtt for peer in self.transport.connected() if (rtt := self.transport.rtt_s(peer)) is not None}
-        failed = {peer for peer, (until, _) in self._excluded.items() if until > now}
-        surviving = {hop.peer.peer for index, hop in enumerate(hops) if index not in stretch}
-        return choose_chain(
-            view,
-            rtts=rtts,
-            max_tokens=self.request.max_tokens,
-            start=hops[stretch.start].start if hops else 0,
-            end=hops[stretch.stop - 1].end if hops else view.n_blocks,
-            exclude=frozenset(failed | surviving),
-            previous=None if whole else hops[stretch.start - 1].peer.peer,
-            following=None if whole else hops[stretch.stop % len(hops)].peer.peer,
-            rng=self.rng,
-        )
-
-    async def _give_up_chain(self) -> None:
-        """Let go of the hops that are left, to start anew from the tokens so far."""
-        for control in self._controls:
-            await _abandon(control)
-        self._controls.clear()
-
-    def _explain(self, error: RouteUnavailable) -> str:
-        reasons = "; ".join(f"{peer[-8:]}: {reason}" for peer, (_, reason) in self._excluded.items())
-        return f"{error} (tried {reasons})" if reasons else str(error)
-
-    def _exclude(self, peer: str, reason: str) -> None:
-        self._excluded[peer] = (trio.current_time() + EXCLUSION_S, reason)
-
-    async def _open_all(self, plan: Mend) -> list[_Control] | None:
-        """Open the new hops side by side; None if any failed (it is excluded for a while, the others closed again)."""
-        opened: dict[int, _Control] = {}
-
-        async def attempt(index: int) -> None:
-            try:
-                opened[index] = await self._open(plan, index)
-            except PeerError as error:
-                self._exclude(plan.hops[index].peer.peer, error.reason)
-
-        complete = False
-        try:
-            async with trio.open_nursery() as nursery:
-                for index in plan.opened:
-                    nursery.start_soon(attempt, index)
-            complete = len(opened) == len(plan.opened)
-        finally:
-            if not complete:  # also when the caller does not want them any more
-                with trio.move_on_after(CLOSE_PATIENCE_S, shield=True):
-                    await _close_all(list(opened.values()))
-        return [opened[index] for index in plan.opened] if complete else None
-
-    async def _open(self, plan: Mend, index: int) -> _Control:
-        """Open one hop. Raises PeerError if it cannot be reached, refuses, or does not answer in time."""
-        hop = plan.hops[index]
-        address = hop.peer
-        request = self.request
-        generation = Generation(request.sampling, tuple(self.tokens), request.max_tokens, request.eos_token_ids)
-        message = opening(plan, index, self.session_id, self.swarm, request.max_tokens, generation)
-        self.transport.learn(address.peer, address.addresses)
-        with trio.move_on_after(OPEN_PATIENCE_S):
-            stream = await self.transport.open(address.peer, ids.SESSION)
-            try:
-                await stream.send(*session_codec.encode(message))
-                frame = await stream.receive()
-                answer = session_codec.decode_only(frame) if frame is not None else None
-            except BaseException:
-                await stream.reset()
-                raise
-            if isinstance(answer, HopOpened):
-                return _Control(hop, stream)
-            await stream.reset()
-            if isinstance(answer, HopRefused):
-                raise PeerRefused(address.peer, answer.reason)
-            raise RemoteProtocolError("did not answer the opening of a session", address.peer)
-        raise PeerTimeout(address.peer, f"did not open the session within {OPEN_PATIENCE_S:.0f} s")
-
-
-async def _listen(control: _Control, heard: trio.MemorySendChannel[_Heard]) -> None:
-    """Pass on what a hop says until it is lost, which is the last thing passed on, or let go of."""
-    peer = control.hop.peer.peer
-    with control.listening:
-        try:
-            while True:
-                frame = await control.stream.receive()
-                if frame is None:
-                    raise PeerUnreachable(peer, "ended the session")
-                message = session_codec.decode_only(frame)
-                if not isinstance(message, Sampled | HopFailed):
-                    raise RemoteProtocolError(f"sent {type(message).__name__} in a running session", peer)
-                await heard.send(_Heard(control, message))
-        except LocalProtocolError:
-            if not control.listening.cancel_called:
-                raise
-            # Let go of between two frames: the stream says that it was reset before it looks for the cancellation.
-        except PeerError as error:
-            await heard.send(_Heard(control, error))
-
-
-async def _abandon(control: _Control) -> None:
-    """Let go of a hop at once; nobody may still be receiving from its stream then."""
-    control.listening.cancel()
-    with trio.move_on_after(CLOSE_PATIENCE_S, shield=True):
-        await control.stream.reset()
-
-
-async def _close_all(controls: Sequence[_Control]) -> None:
-    async with trio.open_nursery() as nursery:
-        for control in controls:
-            nursery.start_soon(control.stream.aclose)
+        As a rule that is all of them: a token that was heard was made from those before. But what we have heard of may
+        have gone through a hop whose place the first one has taken meanwhile, and only the lost hop could tell it.
+        """
+        if not stretch or stretch.stop < len(self._chain.controls) or not self._chain.controls[0].moved_in:
+            return None
+        first, until_s = self._chain.controls[0], trio.current_time() + PROGRESS_PATIENCE_S
+        n_answers = first.n_answers
+        await first.tell(AskProgress())
+        while first.n_answers == n_answers and trio.current_time() < until_s and not first.lost:
+            await self._hear(until_s)
+        return first.received + 1

@@ -29,7 +29,7 @@ class HopReport:
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
-    """A hop that was lost at a token position, and why."""
+    """A hop that another took the place of at a token position, and why."""
 
     position: int
     peer: str
@@ -38,7 +38,10 @@ class Replaced:
 
 @dataclass(slots=True)
 class RouteTrace:
-    """Collects a session's events; `began_s` is when the request was made, on the clock of NewToken.at_s."""
+    """Collects a session's events; `began_s` is when the request was made, on the clock of NewToken.at_s.
+
+    `replaced` are the hops that failed, `moved` those that left and handed their work over.
+    """
 
     began_s: float
     n_tokens: int = 0
@@ -47,6 +50,7 @@ class RouteTrace:
     hops: tuple[Hop, ...] = ()
     reason: str = ""
     replaced: list[Replaced] = field(default_factory=list)
+    moved: list[Replaced] = field(default_factory=list)
     _turns: int = 0
     _sums_us: list[list[int]] = field(default_factory=list)
     _turning_since_s: float | None = None
@@ -55,7 +59,9 @@ class RouteTrace:
     def apply(self, event: SessionEvent) -> None:
         """Take an event of the session into the account."""
         if isinstance(event, RouteChosen):
-            self.replaced += [Replaced(self._position, peer, reason) for peer, reason in event.lost]
+            position = max(self._position, event.position)
+            self.replaced += [Replaced(position, peer, reason) for peer, reason in event.lost]
+            self.moved += [Replaced(position, peer, reason) for peer, reason in event.moved]
             self.hops, self.reason = event.hops, event.reason
             self._turns, self._turning_since_s = 0, None
             self._sums_us = [[0, 0] for _ in event.hops]

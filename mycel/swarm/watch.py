@@ -1,5 +1,7 @@
 """A picture of the swarm that is always at hand: read from the directory in the background, handed out without waiting.
 
+Only who asks for a fresh one waits, as a session does whose route is gone; everybody then has it.
+
 Ring: shell.
 """
 
@@ -16,6 +18,7 @@ from mycel.protocols.errors import PeerError
 from mycel.swarm.view import View
 
 REFRESH_S = 5.0
+RETRY_S = 1.0
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +37,10 @@ class SwarmWatch:
         self._view = View(self.n_blocks)
 
     async def view(self, *, fresh: bool = False) -> View:
-        """The peers alive now; with `fresh` (or the first time) as the directory knows them at this moment."""
+        """The peers alive now, without waiting; with `fresh` as the directory knows them at this moment.
+
+        Before the first read there is nothing to hand out: that one is waited for.
+        """
         if fresh or not self._n_reads:
             await self.refresh()
         return self._view.expire(self.clock())
@@ -54,6 +60,8 @@ class SwarmWatch:
     async def run(self) -> None:
         """Refresh for ever; a failed read leaves the last view, whose records end by their own time."""
         while True:
-            with suppress(PeerError):  # nobody answered this time; the next read is REFRESH_S away
+            rest_s = RETRY_S
+            with suppress(PeerError):  # nobody answered this time
                 await self.refresh()
-            await trio.sleep(REFRESH_S)
+                rest_s = REFRESH_S
+            await trio.sleep(rest_s)

@@ -61,6 +61,10 @@ class Run:
     def lost(self) -> list[str]:
         return [replaced.peer for replaced in self.trace.replaced]
 
+    @property
+    def moved(self) -> list[str]:
+        return [moved.peer for moved in self.trace.moved]
+
 
 Action = Callable[[RouteTrace], object]
 
@@ -74,7 +78,7 @@ async def generate(
     n_losses: int | None = None,
     **options: Any,
 ) -> Run:
-    """Generate to the end, or until some tokens after `n_losses` hops were replaced; at[n] is called after n tokens."""
+    """Generate to the end, or until some tokens after `n_losses` hops failed or left; at[n] is called at n tokens."""
     longest_s, last_s = 0.0, None
     mended_at: int | None = None
     async with model.generate(prompt, max_new_tokens=n_new, **options) as generation:
@@ -85,7 +89,7 @@ async def generate(
             act = (at or {}).get(n_tokens)
             if act is not None:
                 act(generation.trace)
-            if mended_at is None and len(generation.trace.replaced) == n_losses:
+            if mended_at is None and len(generation.trace.replaced + generation.trace.moved) == n_losses:
                 mended_at = n_tokens
             if mended_at is not None and n_tokens == mended_at + TOKENS_AFTER:
                 break

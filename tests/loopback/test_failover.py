@@ -18,6 +18,7 @@ from mycel.protocols.errors import RouteUnavailable
 from mycel.swarm.generation import NewToken, Request, SessionEvent
 from mycel.swarm.session import InferenceSession
 from mycel.swarm.trace import RouteTrace
+from mycel.swarm.view import short_id
 from tests.conformance.transport_rig import eventually
 from tests.loopback.generating import LONG_PROMPT, PROMPT, Run, bounded, generate, in_thread, reference, with_model
 from tests.loopback.links import Link, link_to, rerouted_transports
@@ -98,11 +99,12 @@ def test_a_stopped_hop_is_replaced(nodes: Nodes, llama: Path, record_testsuite_p
     node = nodes.named(frozen[0])
     node.thaw()
     bounded(partial(eventually, lambda: len(node.events("session.closed")) == len(node.events("session.opened"))))
-    assert f"silent for {TransportLimits().silence_s:.1f} s" in run.trace.replaced[0].reason
+    assert run.trace.replaced[0].reason.startswith("silent for ")
+    assert run.longest_gap_s < TransportLimits().silence_s, "missed before its streams broke"
     record_testsuite_property("pause_ms_stopped_hop", round(run.longest_gap_s * 1e3))
 
 
-def test_a_hop_that_leaves_is_replaced(nodes: Nodes, llama: Path) -> None:
+def test_a_hop_that_leaves_hands_over(nodes: Nodes, llama: Path, record_testsuite_property: Record) -> None:
     def leave(trace: RouteTrace) -> NodeProcess:
         node = hop_of(nodes, trace, 2)
         node.ask_to_leave()
@@ -110,7 +112,9 @@ def test_a_hop_that_leaves_is_replaced(nodes: Nodes, llama: Path) -> None:
 
     run, left = generate_losing(nodes, {20: leave})
     assert run.tokens == reference(llama, PROMPT, len(run.tokens))
-    assert run.lost == left
+    assert (run.lost, run.moved) == ([], left)
+    assert run.longest_gap_s < 1.0
+    record_testsuite_property("pause_ms_hop_that_leaves", round(run.longest_gap_s * 1e3))
 
 
 def test_a_hop_is_killed_during_the_prefill(nodes: Nodes, llama: Path) -> None:
@@ -197,7 +201,9 @@ def test_a_cut_link_between_two_hops(llama: Path, tmp_path: Path, record_testsui
     assert run.tokens == reference(llama, PROMPT, len(run.tokens))
     assert run.lost
     assert set(run.lost) <= cut
-    assert run.trace.replaced[0].reason.startswith("failed its neighbour: silent for")
+    # The client finds it by asking both how far they are, or hears it from them: whatever comes first.
+    reason = run.trace.replaced[0].reason
+    assert reason.startswith("failed its neighbour: ") or reason.endswith("also over a new link")
     record_testsuite_property("pause_ms_link_between_hops_cut", round(run.longest_gap_s * 1e3))
 
 
@@ -214,7 +220,7 @@ def test_without_another_holder_it_says_which_blocks(llama: Path, tmp_path: Path
         assert time.monotonic() - began >= 1.5
         assert caught.value.missing == ((2, 4),)
         assert "blocks 2:4" in str(caught.value)
-        assert second.peer[-8:] in str(caught.value)
+        assert short_id(second.peer) in str(caught.value)
         assert "the connection was lost" in str(caught.value)
 
 

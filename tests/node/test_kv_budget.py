@@ -36,9 +36,16 @@ def test_never_more_than_there_is_and_all_of_it_comes_back(total: int, wishes: l
 
 def test_the_last_byte_can_be_had() -> None:
     budget = KVBudget(10)
-    with budget.reserve(10), pytest.raises(PeerRefused, match="1 bytes wanted, 0 free"), budget.reserve(1):
+    with budget.reserve(10), pytest.raises(PeerRefused, match="1 bytes wanted, 0 bytes free"), budget.reserve(1):
         pass
     assert budget.free_bytes == 10
+
+
+def test_a_refusal_names_sizes_that_differ() -> None:
+    budget = KVBudget(65_536)
+    for size_bytes, reason in ((7_000_000, "7.0 MB wanted, 66 kB free"), (65_600, "65,600 bytes wanted, 65,536 free")):
+        with pytest.raises(PeerRefused, match=reason), budget.reserve(size_bytes):
+            pass
 
 
 def test_a_failure_inside_gives_it_back() -> None:

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from mycel.protocols import ids
 from mycel.protocols.errors import LocalProtocolError, RemoteProtocolError
-from mycel.protocols.hop import HopMachine, OutputLog
+from mycel.protocols.hop import HopMachine, LogCursor, OutputLog
 from mycel.protocols.messages import Generation, OpenHop, PeerAddress, Relink, SamplingParams
 
 PEERS = [PeerAddress(name) for name in "abcd"]
@@ -31,6 +31,7 @@ class HopUnderAnyOrder(RuleBasedStateMachine):
         super().__init__()
         self.machine = HopMachine(opening(), 3)
         self.log: OutputLog[tuple[int, ...]] = OutputLog()
+        self.cursor = LogCursor(self.log)
         self.computed: list[int] = []
         self.received: list[int] = []  # at the present next hop
         self.next_machine = HopMachine(opening(), 3)
@@ -52,25 +53,39 @@ class HopUnderAnyOrder(RuleBasedStateMachine):
         if new:
             self.log.append(new[0], len(new), new)
 
-    @precondition(lambda self: self.log.pending() is not None)
+    @precondition(lambda self: self.cursor.pending() is not None)
     @rule(delivered=st.booleans())
     def send(self, delivered: bool) -> None:
         """Whoever is unsure whether an output arrived gives it again."""
-        output = self.log.pending()
+        output = self.cursor.pending()
         assert output is not None
         skip = self.next_machine.accept(output.position, output.count)
         self.received += output.value[skip:]
         if delivered:
-            self.log.given()
+            self.cursor.given(output)
 
-    @rule(previous=peers, following=peers)
-    def relink(self, previous: PeerAddress, following: PeerAddress) -> None:
-        """The next hop is a new one, that knows nothing yet."""
+    @rule()
+    def say_what_is_lacking(self) -> None:
+        """The next hop says how far it is, at any moment: nothing that it has is given again."""
+        self.cursor.skip_to(self.next_machine.position)
+        output = self.cursor.pending()
+        assert output is None or output.end > self.next_machine.position
+
+    @rule()
+    def break_the_link(self) -> None:
+        """Between the same two hops: what was on its way may be lost."""
+        self.cursor.rewind()
+
+    @rule(previous=peers, following=peers, share=st.floats(0, 1))
+    def relink(self, previous: PeerAddress, following: PeerAddress, share: float) -> None:
+        """The next hop is a new one, that knows nothing yet or was handed the state of some tokens."""
         links = self.machine.inbound + 1, self.machine.outbound + 1
         assert not self.machine.may_attach(previous.peer, links[0])
         assert self.machine.relink(Relink(previous, following, *links)) == (True, True)
-        self.log.rewind()
-        self.received, self.next_machine = [], HopMachine(opening(), 3)
+        self.cursor, self.next_machine = LogCursor(self.log), HopMachine(opening(), 3)
+        known = int(share * min(self.machine.position, MAX_TOKENS - 1))
+        self.next_machine.take_over(known)
+        self.received = self.computed[:known]
         assert [p.peer for p in PEERS if self.machine.may_attach(p.peer, links[0])] == [previous.peer]
         assert not any(self.machine.may_attach(p.peer, links[0] - 1) for p in PEERS), "the link before is over"
         assert self.machine.relink(Relink(previous, following, *links)) == (False, False), "the same changes nothing"
@@ -83,7 +98,7 @@ class HopUnderAnyOrder(RuleBasedStateMachine):
     @invariant()
     def the_next_hop_has_the_beginning_of_it(self) -> None:
         assert self.received == self.computed[: len(self.received)]
-        if self.log.pending() is None:
+        if self.cursor.pending() is None:
             assert self.received == self.computed
 
 
@@ -101,7 +116,35 @@ def test_the_log_takes_no_gap() -> None:
     assert [output.value for output in log.outputs] == ["a", "b"]
 
 
+def test_a_cursor_begins_where_the_peer_says_even_before_the_log_is_there() -> None:
+    log: OutputLog[str] = OutputLog()
+    cursor = LogCursor(log)
+    cursor.skip_to(5)
+    for position, value in ((0, "a"), (3, "b")):
+        assert cursor.pending() is None
+        log.append(position, 3, value)
+    assert cursor.pending() == log.outputs[1], "position 5 is in the middle of it: it is given whole"
+    assert not cursor.has_history()
+    log.append(6, 3, "c")
+    assert cursor.has_history()
+    cursor.given(log.outputs[1])
+    assert (cursor.position, cursor.pending()) == (6, log.outputs[2])
+    cursor.rewind()
+    assert (cursor.position, cursor.pending()) == (0, log.outputs[0])
+
+
 GENERATION = Generation(SamplingParams(), (1, 2), 8)
+
+
+def test_a_last_hop_begins_where_it_knows_the_tokens() -> None:
+    last, other = HopMachine(opening(1, 3, generation=GENERATION), 3), HopMachine(opening(), 3)
+    assert [last.usable(p) for p in (0, 1, 2, 7)] == [0, 1, 1, 1]
+    assert other.usable(7) == 7
+    last.take_over(1)
+    assert last.position == 1
+    for machine, position in ((last, 1), (HopMachine(opening(1, 3, generation=GENERATION), 3), 2), (other, MAX_TOKENS)):
+        with pytest.raises(LocalProtocolError, match="state of"):
+            machine.take_over(position)
 
 
 @pytest.mark.parametrize(

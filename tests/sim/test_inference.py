@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from mycel.protocols.codec import session_codec
 from mycel.protocols.errors import LocalProtocolError, PeerTimeout, RouteUnavailable
 from mycel.protocols.messages import HopOpened, PeerAddress, SamplingParams
 from mycel.protocols.ports import Stream
+from mycel.swarm.control import Control, Heard
 from mycel.swarm.generation import NewToken, Request, RouteChosen, SessionEvent
 from mycel.swarm.routing import Hop
-from mycel.swarm.session import InferenceSession, _abandon, _Control, _Heard, _listen
+from mycel.swarm.session import InferenceSession
 from mycel.swarm.view import View
 from tests.sim.compute import SimCompute
 from tests.sim.faults import LinkFaults, WorldOptions
@@ -105,6 +107,8 @@ class Outcome:
     tokens: list[int] = field(default_factory=list)
     routes: list[RouteChosen] = field(default_factory=list)
     finish: str = ""
+    longest_gap_s: float = 0.0
+    _at_s: float = inf
 
     async def collect(self, at: dict[int, object] | None = None) -> None:
         """Read to the end; call at[n] once n tokens are there."""
@@ -115,6 +119,8 @@ class Outcome:
             assert isinstance(event, NewToken)
             assert event.position == self.n_prompt + len(self.tokens)
             self.tokens.append(event.token)
+            self.longest_gap_s = max(self.longest_gap_s, event.at_s - self._at_s)
+            self._at_s = event.at_s
             self.finish = event.finish
             action = (at or {}).get(len(self.tokens))
             if callable(action):
@@ -378,7 +384,7 @@ def test_links_of_a_chain_that_was_given_up_do_not_disturb_the_next(lost: str) -
 
 
 def test_a_link_between_two_healthy_hops_may_break_while_data_waits_on_it() -> None:
-    """Both hops and the client are well. One hop is replaced, and the text goes on at once."""
+    """Both hops and the client are well. The hop before attaches anew, nobody is replaced, the text goes on at once."""
 
     async def scenario(world: World) -> None:
         swarm = four_and_spares(world)
@@ -394,8 +400,8 @@ def test_a_link_between_two_healthy_hops_may_break_while_data_waits_on_it() -> N
             nursery.start_soon(outcome.collect, {10: cut})
             await session.run()
         assert outcome.tokens == reference(list(PROMPT), 30, N_BLOCKS)
-        assert len(outcome.routes) == 2
-        assert trio.current_time() < 20.0
+        assert len(outcome.routes) == 1
+        assert trio.current_time() < 10.0
 
     run_world(9, scenario)
 
@@ -415,11 +421,14 @@ def test_a_slow_listener_costs_nobody_the_place_in_the_chain() -> None:
                     outcome.routes.append(event)
                     continue
                 outcome.tokens.append(event.token)
-                if len(outcome.tokens) == 5:
-                    losing.lose("crash", 2)
+
+        async def lose() -> None:
+            await trio.sleep(2.0)  # some 20 tokens are made by then, and none has been read
+            losing.lose("crash", 2)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read_slowly)
+            nursery.start_soon(lose)
             await session.run()
         losing.check(outcome, reference(list(PROMPT), 60, N_BLOCKS))
         assert len(outcome.routes) == 2
@@ -467,13 +476,13 @@ def test_who_is_let_go_of_between_two_frames_is_no_failure_of_ours(abandoned: bo
 
     async def scenario(world: World) -> None:
         stream = Reset()
-        control = _Control(Hop(PeerAddress("p"), 0, 8), stream)  # type: ignore[arg-type]
-        send, _receive = trio.open_memory_channel[_Heard](1)
+        control = Control(Hop(PeerAddress("p"), 0, 8), stream)  # type: ignore[arg-type]
+        send, _receive = trio.open_memory_channel[Heard](1)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_listen, control, send)
+            nursery.start_soon(control.listen, send)
             await trio.sleep(1)
             if abandoned:
-                await _abandon(control)
+                await control.abandon()
             else:
                 stream.waits.set()
 

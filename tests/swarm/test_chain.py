@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mycel.protocols.errors import LocalProtocolError
 from mycel.protocols.hop import HopMachine
 from mycel.protocols.messages import Generation, OpenHop, PeerAddress, Relink, SamplingParams
-from mycel.swarm.chain import Mend, covers, mend, neighbours, opening, relinking
+from mycel.swarm.chain import Mend, covers, filling, mend, neighbours, opening, relaid, relinking
 from mycel.swarm.routing import Hop
 
 N_BLOCKS = 12
@@ -90,12 +90,57 @@ def test_neighbours_agree_about_each_other_and_their_link(repair) -> None:
             assert (message.generation is not None) == (index == len(plan.hops) - 1)
             messages.append(message)
         else:
-            messages.append(relinking(plan, index))
+            messages.append(relinking(plan.hops, plan.links, index))
     for index, message in enumerate(messages):
         following = messages[(index + 1) % len(messages)]
         assert message.next == plan.hops[(index + 1) % len(plan.hops)].peer
         assert following.previous == plan.hops[index].peer
         assert message.outbound == following.inbound
+
+
+@given(repairs())
+def test_newcomers_are_filled_beside_the_chain_and_taken_over_without_a_break(repair) -> None:
+    """The hop before fills over the very link that is its link to the next once the newcomers are part of the chain."""
+    hops, lost, replacement = repair
+    links = links_of(hops)
+    plan = mend(hops, links, lost, replacement, 99)
+    found = filling(hops, links, plan)
+    if len(lost) == len(hops):
+        assert found is None, "there is nobody else"
+        return
+    assert found is not None
+    index, beside = found
+    assert index not in lost
+    before = relinking(hops, links, index)
+    assert (beside.previous, beside.next, beside.inbound, beside.outbound) == (
+        before.previous,
+        before.next,
+        before.inbound,
+        before.outbound,
+    ), "the chain goes on as it is"
+    after = relinking(plan.hops, plan.links, plan.hops.index(hops[index]))
+    assert (beside.spare, beside.spare_link) == (after.next, after.outbound)
+    assert beside.spare == replacement[0].peer
+    assert (before.spare, after.spare) == (None, None)
+
+
+@given(rows(0, N_BLOCKS, "p").filter(lambda hops: len(hops) > 1), st.data())
+def test_a_link_is_laid_anew_at_both_of_its_ends_alone(hops: tuple[Hop, ...], data: st.DataObject) -> None:
+    receiver = data.draw(st.integers(0, len(hops) - 1))
+    links = links_of(hops)
+    plan = relaid(hops, links, receiver, 99)
+    assert (plan.hops, plan.opened) == (hops, ())
+    assert [i for i in range(len(hops)) if plan.links[i] != links[i]] == [receiver]
+    assert set(plan.relinked) == {receiver, (receiver - 1) % len(hops)}
+    assert relinking(plan.hops, plan.links, receiver).inbound == 99
+    assert relinking(plan.hops, plan.links, receiver - 1).outbound == 99
+
+
+def test_who_may_give_a_state_is_said_at_the_opening() -> None:
+    hops = (Hop(PeerAddress("p"), 0, N_BLOCKS),)
+    plan = mend(hops, (1,), range(1), (Hop(PeerAddress("q"), 0, N_BLOCKS),), 2)
+    assert opening(plan, 0, bytes(16), bytes(32), 20, GENERATION).giver == ""
+    assert opening(plan, 0, bytes(16), bytes(32), 20, GENERATION, "p").giver == "p"
 
 
 @given(repairs(), st.sampled_from(["short", "gap", "none"]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mycel.protocols.errors import RouteUnavailable
 from mycel.swarm import path
-from mycel.swarm.routing import DEFAULT_RTT_S, MAX_CANDIDATES, MAX_RTT_S, SPREAD, Chain, choose_chain
+from mycel.swarm.routing import DEFAULT_RTT_S, MAX_CANDIDATES, MAX_DEARER, MAX_RTT_S, Chain, choose_chain
 from mycel.swarm.view import View
 from tests.swarm.swarms import NAMES, peer, view_of, views
 
@@ -71,7 +71,7 @@ def check_against_all(request, rtts, cuts=None):
     view, start, end, exclude, previous, following = request
     barred = exclude | {previous, following}
     walks = list(all_walks(view, start, end, barred, cuts))
-    arguments = {"start": start, "end": end, "exclude": exclude, "previous": previous, "following": following}
+    arguments = {"start": start, "end": end, "failed": exclude, "previous": previous, "following": following}
     if not walks:
         with pytest.raises(RouteUnavailable) as caught:
             chain_of(view, rtts=rtts, **arguments)
@@ -122,7 +122,7 @@ def test_never_dearer_than_any_chain_that_hands_over_at_an_end_of_a_span(request
 def test_where_the_search_gives_up_the_chain_is_still_a_chain(request):
     view, start, end, exclude, previous, following = request
     barred = exclude | {previous, following}
-    arguments = {"start": start, "end": end, "exclude": exclude, "previous": previous, "following": following}
+    arguments = {"start": start, "end": end, "failed": exclude, "previous": previous, "following": following}
     walks = list(all_walks(view, start, end, barred))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path, "MAX_WALKS", 0)
@@ -133,9 +133,9 @@ def test_where_the_search_gives_up_the_chain_is_still_a_chain(request):
 
 
 @given(requests(), st.integers(0, 2**32))
-def test_chance_costs_at_most_the_spread(request, seed):
+def test_chance_has_its_price_and_its_bound(request, seed):
     view, start, end, exclude, previous, following = request
-    arguments = {"start": start, "end": end, "exclude": exclude, "previous": previous, "following": following}
+    arguments = {"start": start, "end": end, "failed": exclude, "previous": previous, "following": following}
     try:
         best = chain_of(view, **arguments)
     except RouteUnavailable:
@@ -146,7 +146,7 @@ def test_chance_costs_at_most_the_spread(request, seed):
     assert drawn == chain_of(view, rng=Random(seed), **arguments)
     full, seconds = price(view, {}, walk_of(drawn), previous, following)
     assert full == price(view, {}, walk_of(best), previous, following)[0]
-    assert seconds <= best.expected_s_per_token * (1 + SPREAD) + 1e-9
+    assert seconds <= best.expected_s_per_token * MAX_DEARER + 1e-9
 
 
 # ---- by hand ----
@@ -259,11 +259,14 @@ def test_a_full_peer_only_where_there_is_no_other():
 
 
 def test_no_route_says_which_blocks_and_why():
-    view = view_of(8, peer("a", 0, 3), peer("b", 3, 5, state="leaving"), peer("c", 5, 6))
+    out = [peer("b", 3, 5, state="leaving"), peer("c", 5, 6), peer("d", 3, 8, state="joining"), peer("e", 4, 8)]
+    view = view_of(8, peer("a", 0, 3), *out)
     with pytest.raises(RouteUnavailable) as caught:
-        chain_of(view, exclude=frozenset({"c"}))
+        chain_of(view, failed=frozenset({"c"}), in_chain=frozenset({"e"}))
     assert caught.value.missing == ((3, 8),)
-    assert str(caught.value) == "no live peer serves blocks 3:8 (of those that did: 1 leaving, 1 failed or in use)"
+    assert str(caught.value) == (
+        "no live peer serves blocks 3:8 (of those that hold them: 1 failed, 1 in this chain, 1 joining, 1 leaving)"
+    )
     with pytest.raises(RouteUnavailable) as caught:
         chain_of(View(8))
     assert str(caught.value) == "no live peer serves blocks 0:8"
@@ -294,11 +297,48 @@ def test_a_range_outside_the_model_is_our_bug(start, end):
         chain_of(view_of(4, peer("a", 0, 4)), start=start, end=end)
 
 
-def test_chance_takes_a_slightly_dearer_chain_and_never_a_much_dearer_one():
-    costs = {"a": 1.0, "b": 1.05, "c": 1.2}
-    view = view_of(1, *(peer(n, 0, 1, queue_s=s, block_time_s=0.0, overhead_s=0.0) for n, s in costs.items()))
+def drawn(view: View, n_times: int, **arguments) -> Counter[str]:
+    """How often each peer is in a chain."""
     rng = Random(2)
-    assert {chain_of(view, rng=rng).hops[0].peer.peer for _ in range(300)} == {"a", "b"}
+    return Counter(hop.peer.peer for _ in range(n_times) for hop in chain_of(view, rng=rng, **arguments).hops)
+
+
+def test_chance_takes_one_that_is_twice_as_slow_a_quarter_as_often_and_never_a_far_dearer_one():
+    costs = {"a": 1.0, "b": 2.0, "c": 1.0, "d": 1.01 * MAX_DEARER}
+    view = view_of(1, *(peer(n, 0, 1, queue_s=s, block_time_s=0.0, overhead_s=0.0) for n, s in costs.items()))
+    counts = drawn(view, 2000)
+    assert set(counts) == {"a", "b", "c"}
+    assert counts["a"] / 2000 == pytest.approx(4 / 9, abs=0.04)
+    assert counts["b"] / 2000 == pytest.approx(1 / 9, abs=0.03)
+
+
+@pytest.mark.parametrize("slowest", [1.0, 2.0, 3.9])
+@pytest.mark.parametrize("n_fast", [1, 5, 20])
+def test_a_burst_of_clients_with_one_view_stampedes_nobody(n_fast, slowest):
+    """No peer is asked to do more than about twice its share of the work, as its rate is of all rates."""
+    times = {f"fast{i}": 1.0 for i in range(n_fast)} | {f"slow{i}": slowest for i in range(20)}
+    view = view_of(4, *(peer(name, 0, 4, block_time_s=0.01 * t, overhead_s=0.0) for name, t in times.items()))
+    counts = drawn(view, 100)
+    whole = sum(1 / t for t in times.values())
+    for name, count in counts.items():
+        share = 100 / times[name] / whole
+        assert count <= 2 * share + 3 * (2 * share) ** 0.5, (name, count, share)  # within the noise of 100 draws
+
+
+def test_a_burst_spreads_at_each_place_of_a_chain():
+    near = tuple((f"{row}{i}", 0.001) for row in "ab" for i in range(10))
+    row = [peer(f"{n}{i}", s, s + 4, block_time_s=0.01, rtts=near) for n, s in (("a", 0), ("b", 4)) for i in range(10)]
+    counts = drawn(view_of(8, *row), 1000)
+    assert len(counts) == 20
+    assert max(counts.values()) < 1.4 * 100
+
+
+def test_sessions_of_our_own_count_as_a_queue():
+    view = view_of(4, peer("a", 0, 4), peer("b", 0, 4, overhead_s=0.002))
+    assert walk_of(chain_of(view)) == [("a", 0, 4)]
+    chain = chain_of(view, load={"a": 1})
+    assert walk_of(chain) == [("b", 0, 4)]
+    assert chain_of(view, load={"a": 1, "b": 1}).expected_s_per_token == pytest.approx(2 * 0.005)
 
 
 def test_in_a_large_swarm_the_only_holder_of_a_block_is_kept():
@@ -324,8 +364,7 @@ def test_a_large_swarm_is_still_covered_and_close_to_the_best(n_peers, seed):
 
 def test_many_clients_spread_over_equal_peers():
     view = view_of(4, *(peer(name, 0, 4) for name in NAMES))
-    rng = Random(1)
-    counts = Counter(chain_of(view, rng=rng).hops[0].peer.peer for _ in range(200))
+    counts = drawn(view, 1000)
     assert set(counts) == set(NAMES)
-    assert max(counts.values()) < 80
-    assert chain_of(view, rng=rng).reason.endswith("(drawn within 10% of the cheapest of 5 first hops)")
+    assert max(counts.values()) < 1.2 * 200
+    assert chain_of(view, rng=Random(1)).reason.endswith("(drawn at 1.00 times the cheapest of 5 first hops)")

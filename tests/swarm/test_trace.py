@@ -68,6 +68,25 @@ def test_a_new_route_begins_a_new_account_and_says_who_was_lost() -> None:
     assert trace.n_tokens == 4
 
 
+def test_who_left_is_told_apart_from_who_was_lost() -> None:
+    trace = trace_of(
+        RouteChosen((A, B), "the only way"),
+        token(5, 1.0, (0, 1000), (0, 1000)),
+        RouteChosen((A, C), "c took over", moved=(("b", "left: 3 kB of state pushed in 0.1 s"),), position=6),
+    )
+    assert trace.replaced == []
+    assert [(one.position, one.peer) for one in trace.moved] == [(6, "b")]
+    assert "state pushed" in trace.moved[0].reason
+
+
+def test_a_loss_before_the_first_token_has_the_position_that_the_prompt_had_got_to() -> None:
+    trace = trace_of(
+        RouteChosen((A, B), "the only way"),
+        RouteChosen((A, C), "the other way", (("b", "went away"),), position=512),
+    )
+    assert [one.position for one in trace.replaced] == [512]
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 10), st.lists(st.tuples(st.integers(0, 10**7), st.integers(0, 10**7)), max_size=4)),

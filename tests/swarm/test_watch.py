@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import trio
@@ -12,7 +13,7 @@ from trio.testing import MockClock
 from mycel.dht.directory import Located
 from mycel.dht.records import Announcement
 from mycel.protocols.errors import PeerUnreachable
-from mycel.swarm.watch import REFRESH_S, SwarmWatch
+from mycel.swarm.watch import REFRESH_S, RETRY_S, SwarmWatch
 
 SWARM = bytes(32)
 
@@ -112,7 +113,44 @@ def test_whose_time_is_over_is_gone_also_while_nobody_answers() -> None:
             await trio.sleep(10.0)
             assert (await watch.view()).peers == {}
             nursery.cancel_scope.cancel()
-        assert directory.n_reads > 33 / (REFRESH_S + directory.takes_s) - 2, "failures do not end the watching"
+        assert directory.n_reads > 33 / (RETRY_S + directory.takes_s) - 2, "failures do not end the watching"
+
+    run(scenario)
+
+
+def test_nobody_waits_for_a_read_that_is_under_way_unless_he_wants_it() -> None:
+    """A session whose hop failed has a fresh view read beside its own work, and everybody gets it."""
+
+    async def scenario(directory: Directory, watch: SwarmWatch) -> None:
+        directory.announce("a", 1, 100)
+        await watch.view()
+        directory.announce("b", 1, 100)
+        directory.takes_s = 3.0
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(partial(watch.view, fresh=True))
+            for _ in range(5):
+                began = trio.current_time()
+                assert set((await watch.view()).peers) == {"a"}
+                assert trio.current_time() == began
+                await trio.sleep(0.5)
+        assert set((await watch.view()).peers) == {"a", "b"}
+        assert directory.n_reads == 2
+
+    run(scenario)
+
+
+def test_a_read_that_failed_is_repeated_soon() -> None:
+    async def scenario(directory: Directory, watch: SwarmWatch) -> None:
+        directory.announce("a", 1, 100)
+        directory.fails = 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(watch.run)
+            await trio.sleep(2 * directory.takes_s + RETRY_S + 0.1)
+            assert directory.n_reads == 2
+            assert set((await watch.view()).peers) == {"a"}
+            await trio.sleep(REFRESH_S)
+            assert directory.n_reads == 3
+            nursery.cancel_scope.cancel()
 
     run(scenario)
 
