@@ -67,5 +67,5 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo '== install: mycel, what it needs and the tools (torch is large; this takes a few minutes once)'
-	@start=$$(date +%s); $(PIP_INSTALL) -e '.[dev]' && echo "== install: $$(($$(date +%s) - start)) s"
+	@start=$$(date +%s); $(PIP_INSTALL) -e '.[dev,hivemind]' && echo "== install: $$(($$(date +%s) - start)) s"
 	@touch $(VENV)/.runtime $@

@@ -62,6 +62,7 @@ class NodeOptions:
     network: str
     shape: str
     leave: float
+    hivemind_dht: tuple[str, ...]
     data_dir: Path | None
     mdns: bool | None
     ttl: float
@@ -94,6 +95,7 @@ class NodeOptions:
             network=self.network,
             shape=self.shape,
             leave_s=self.leave,
+            hivemind_dht=self.hivemind_dht,
         )
 
 
@@ -146,6 +148,13 @@ _OPTIONS = (
         show_default=True,
         metavar="SECONDS",
         help="On Ctrl-C, hand sessions over for at most so long.",
+    ),
+    click.option(
+        "--hivemind-dht",
+        multiple=True,
+        metavar="ADDRESS",
+        help="Announce the node in this hivemind DHT, too: a multiaddr with /p2p/..., may be repeated. Needs "
+        "mycel[hivemind].",
     ),
     data_dir_option,
     click.option(

@@ -15,8 +15,9 @@ from mycel.cli.serving import NodeOptions, node_options, serve
     "--model",
     type=click.Path(path_type=Path),
     required=True,
-    metavar="DIR",
-    help="The model to share: a Hugging Face directory with config.json, safetensors and tokenizer.json.",
+    metavar="MODEL",
+    help="The model to share: a Hugging Face directory with config.json, safetensors and tokenizer.json, or the name "
+    "of a repository, ORG/NAME or ORG/NAME@REVISION.",
 )
 @click.option(
     "--dtype",

@@ -24,7 +24,8 @@ class NodeConfig:
 
     `announce` are the addresses that others are told, in place of those listened on. `network` is the engine: "libp2p",
     "p2pd" or "auto". `shape` makes every link worse on purpose (see swarm/chaos.py). `leave_s` bounds a planned exit.
-    `rebalance_s` is how often a node looks whether it is needed elsewhere, 0 for never.
+    `rebalance_s` is how often a node looks whether it is needed elsewhere, 0 for never. `hivemind_dht` are addresses of
+    an existing hivemind DHT in which the node announces itself as well.
     """
 
     data_dir: Path
@@ -45,3 +46,4 @@ class NodeConfig:
     shape: str = ""
     leave_s: float = 30.0
     rebalance_s: float = PERIOD_S
+    hivemind_dht: tuple[str, ...] = ()

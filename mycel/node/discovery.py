@@ -1,16 +1,20 @@
-"""Peers of the same network, found by multicast DNS and handed to the record store.
+"""Being found, and finding, beside the record store: by multicast DNS, and in an existing hivemind DHT.
 
 Ring: shell.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
+from mycel.dht.directory import Directory
+from mycel.node.announcer import Announcer
 from mycel.node.events import EventSink
 from mycel.node.mdns import open_mdns
 from mycel.node.network import Network
-from mycel.protocols.errors import ConfigError
+from mycel.node.station import Station
+from mycel.protocols.errors import ConfigError, PeerError
 from mycel.protocols.messages import PeerAddress
 
 
@@ -19,7 +23,7 @@ async def meet_neighbours(network: Network, event: EventSink, interfaces: Sequen
 
     `interfaces`: the addresses of those to use; all unless told.
     """
-    me = PeerAddress(network.identity.peer_id, network.transport.addresses)
+    me = PeerAddress(network.identity.peer_id, network.listening)
     try:
         async with open_mdns(me, interfaces) as found:
             async for peer in found:
@@ -28,3 +32,22 @@ async def meet_neighbours(network: Network, event: EventSink, interfaces: Sequen
                     event("mdns.met", peer=peer.peer)
     except ConfigError as error:
         event("mdns.off", reason=str(error))
+
+
+async def announce_in_hivemind(initial: Sequence[str], station: Station, ttl_s: float) -> None:
+    """Announce the node in the hivemind DHT that `initial` leads to, for ever; if that cannot be, an event says why."""
+    from mycel.node.hivemind_engine.dht_client import open_dht_process
+    from mycel.node.hivemind_engine.record_store import open_hivemind_records
+
+    network, event = station.network, station.event
+    own = PeerAddress(network.identity.peer_id, network.transport.addresses)
+    try:
+        async with (
+            open_dht_process() as client,
+            open_hivemind_records(client, network.identity, time.time, own, initial=initial) as records,
+        ):
+            directory = Directory(records, network.identity, time.time)
+            event("hivemind.announcing", members=" ".join(records.addresses))
+            await Announcer(directory, station.describe, event, ttl_s).run()
+    except (ConfigError, PeerError) as error:
+        event("hivemind.off", reason=str(error))

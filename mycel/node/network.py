@@ -34,6 +34,8 @@ class Network:
     transport: Transport
     records: Kademlia
     directory: Directory
+    # Where we listen, as seen from here; transport.addresses is what others are told.
+    listening: tuple[str, ...] = ()
 
     async def join(self, bootstrap: Sequence[PeerAddress]) -> None:
         """Enter through known peers. Raises PeerUnreachable if none of them answers."""
@@ -73,7 +75,7 @@ async def open_network(
         records = Kademlia(transport, identity, time.time)
         await tasks.start(records.run)
         transport.serve(*serve_reach(bare.came_from, bare.probe, event=event))
-        yield Network(identity, transport, records, Directory(records, identity, time.time))
+        yield Network(identity, transport, records, Directory(records, identity, time.time), bare.listening)
 
 
 def _engine(name: str) -> Any:

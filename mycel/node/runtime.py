@@ -17,7 +17,7 @@ from mycel.node.announcer import Announcer
 from mycel.node.background import background
 from mycel.node.compute import DeviceCompute
 from mycel.node.config import NodeConfig
-from mycel.node.discovery import meet_neighbours
+from mycel.node.discovery import announce_in_hivemind, meet_neighbours
 from mycel.node.events import EventSink, Say
 from mycel.node.file_transfer import FileOptions
 from mycel.node.files import serve_files
@@ -89,6 +89,8 @@ async def run_node(
         async with background() as tasks:
             await tasks.start(announcer.run)
             tasks.start_soon(watch.run)
+            if config.hivemind_dht:
+                tasks.start_soon(announce_in_hivemind, config.hivemind_dht, station, config.ttl_s)
             tasks.start_soon(placing.rebalance)
             if config.mdns:
                 tasks.start_soon(meet_neighbours, network, event)

@@ -27,6 +27,7 @@ from mycel.node.libp2p_transport.tcp import SteadyTcpStream
 from mycel.node.libp2p_transport.yamux import Muxer, MuxError, MuxStream, StreamUser
 
 _RTT_GAIN = 1 / 8  # RFC 6298
+_MAX_OPENING = 128  # streams that wait for an answer: Go's Yamux resets what comes beyond 256
 
 
 class Owner(Protocol):
@@ -62,6 +63,7 @@ class Connection(IMuxedConn):
         self.held = HeldBytes(limits.max_held_bytes_per_connection)
         self.n_inbound = 0
         self.n_outbound = 0
+        self.opening = trio.Semaphore(_MAX_OPENING)
         self.unanswered: dict[int, tuple[float, MuxStream]] = {}  # inbound streams without a protocol, and since when
         self._owner = owner
         self._limits = limits

@@ -8,7 +8,7 @@ Ring: pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
 
 from mycel.protocols.errors import RemoteProtocolError
 
@@ -69,18 +69,15 @@ class FrameReader:
         return stop
 
 
-def chunks(parts: Sequence[bytes | memoryview], size_bytes: int) -> Iterator[list[memoryview]]:
-    """`parts` cut into runs of `size_bytes` (the last may be shorter), without copying."""
+def take(parts: deque[memoryview], size_bytes: int) -> list[memoryview]:
+    """Remove the first `size_bytes` of `parts`, or all of them, without copying."""
     run: list[memoryview] = []
-    room = size_bytes
-    for part in parts:
-        rest = memoryview(part).cast("B")
-        while len(rest) >= room:
-            run.append(rest[:room])
-            yield run
-            rest, run, room = rest[room:], [], size_bytes
-        if len(rest):
-            run.append(rest)
-            room -= len(rest)
-    if run:
-        yield run
+    while parts and size_bytes:
+        head = parts.popleft()
+        if len(head) > size_bytes:
+            parts.appendleft(head[size_bytes:])
+            head = head[:size_bytes]
+        if len(head):
+            run.append(head)
+            size_bytes -= len(head)
+    return run

@@ -14,7 +14,7 @@ from typing import Literal
 
 import trio
 
-from mycel.node.libp2p_transport.framing import END, PREFIX_BYTES, FrameReader, chunks, prefix
+from mycel.node.libp2p_transport.framing import END, PREFIX_BYTES, FrameReader, prefix, take
 from mycel.node.libp2p_transport.limits import TransportLimits
 from mycel.node.libp2p_transport.tcp import Spawn, SteadyTcpStream
 from mycel.node.libp2p_transport.yamux import MAX_CHUNK_BYTES, MuxStream
@@ -138,45 +138,42 @@ class FrameStream:
             await self._turn.acquire()
         mine = True
         try:
-            total_bytes = PREFIX_BYTES + size_bytes
-            # Begin when the whole frame has its credit; one that is larger than that will pass an empty queue.
-            await self._wait_for_credit(min(total_bytes, self._mux.largest_window // 2))
-            if total_bytes <= MAX_CHUNK_BYTES:
-                self._mux.write([prefix(size_bytes), *parts], total_bytes)
-                return
-            rest = deque(chunks([prefix(size_bytes), *parts], MAX_CHUNK_BYTES))
+            rest = deque(memoryview(part).cast("B") for part in (prefix(size_bytes), *parts))
             try:
-                await self._send_chunks(rest)
+                await self._send_rest(rest)
             except trio.Cancelled:
-                mine = self._finish_later(rest)
+                if sum(map(len, rest)) < PREFIX_BYTES + size_bytes:
+                    mine = self._finish_later(rest)
                 raise
         finally:
             if mine:
                 self._turn.release()
 
-    async def _send_chunks(self, rest: deque[list[memoryview]]) -> None:
-        """Send `rest`, for whose first chunk there is room. Cancelled, it holds what was not sent."""
+    async def _send_rest(self, rest: deque[memoryview]) -> None:
+        """Send `rest` in whatever the peer takes. Cancelled, it holds what was not sent.
+
+        Waiting for more credit than one byte could wait for ever: Go's Yamux may owe a sender most of its window until
+        the last of it is used.
+        """
         in_a_row = 0
         while rest:
-            chunk_bytes = sum(map(len, rest[0]))
-            if in_a_row:
-                await self._wait_for_credit(chunk_bytes)
-            self._mux.write([*rest.popleft()], chunk_bytes)
+            await self._wait_for_credit(1)
+            size_bytes = min(MAX_CHUNK_BYTES, self._mux.send_window)
+            chunk = take(rest, size_bytes)
+            self._mux.write([*chunk], sum(map(len, chunk)))
             in_a_row += 1
             if in_a_row % _CHUNKS_IN_A_ROW == 0:  # a long frame must not have the loop for itself
                 await trio.lowlevel.checkpoint()
 
-    def _finish_later(self, rest: deque[list[memoryview]]) -> bool:
+    def _finish_later(self, rest: deque[memoryview]) -> bool:
         """The sender was cancelled inside a frame: a task sends a copy of the rest. False if it took over the turn."""
-        copies = [b"".join(chunk) for chunk in rest]
-        if not copies or not self._mux.up:
+        if not self._mux.up:
             return True
+        copy = deque([memoryview(b"".join(rest))])
 
         async def finish() -> None:
             try:
-                for copy in copies:
-                    await self._wait_for_credit(len(copy))
-                    self._mux.write([copy], len(copy))
+                await self._send_rest(copy)
             except (PeerError, LocalProtocolError):
                 pass  # nobody waits for this frame: the stream is gone, and whoever uses it hears that
             finally:

@@ -27,8 +27,10 @@ from mycel.node.libp2p_transport.probing import probe
 from mycel.node.libp2p_transport.stream import FrameStream
 from mycel.node.libp2p_transport.tcp import SteadyTcp
 from mycel.node.libp2p_transport.yamux import MuxStream, StreamUser
+from mycel.node.pulse import answer_pings
 from mycel.protocols.errors import LocalProtocolError, PeerError, PeerRefused, PeerTimeout, PeerUnreachable
-from mycel.protocols.ports import Handler
+from mycel.protocols.ids import PING
+from mycel.protocols.ports import Handler, Stream
 from mycel.security.identity import Identity
 from mycel.security.signatures import public_key_of
 
@@ -44,7 +46,7 @@ class Libp2pTransport:
         self._event = event
         self._tasks = tasks
         self._serving: trio.Nursery | None = None
-        self._handlers: dict[str, Handler] = {}
+        self._handlers: dict[str, Handler] = {PING: self._answer_pings}
         self._live: dict[str, list[Connection]] = {}
         self._addresses: tuple[str, ...] = ()
         self.listening: tuple[str, ...] = ()  # as seen from here; `addresses` is what others are told
@@ -165,18 +167,19 @@ class Libp2pTransport:
         n_open = sum(other.n_outbound for other in self._live.get(peer, ()))
         if n_open >= self.limits.max_streams_per_peer:
             raise PeerRefused(peer, f"{n_open} streams to it are open, and no more are allowed here")
-        opening = Opening(connection, protocol, self._frame_stream)
-        try:
-            with trio.move_on_after(self.limits.open_timeout_s):
-                await opening.done.wait()
-            if opening.failure is not None:
-                raise opening.failure
-            if opening.stream is None:
-                raise PeerTimeout(peer, f"no answer to opening {protocol} within {self.limits.open_timeout_s} s")
-        except BaseException:
-            opening.abandon()
-            raise
-        return opening.stream
+        async with connection.opening:
+            opening = Opening(connection, protocol, self._frame_stream)
+            try:
+                with trio.move_on_after(self.limits.open_timeout_s):
+                    await opening.done.wait()
+                if opening.failure is not None:
+                    raise opening.failure
+                if opening.stream is None:
+                    raise PeerTimeout(peer, f"no answer to opening {protocol} within {self.limits.open_timeout_s} s")
+            except BaseException:
+                opening.abandon()
+                raise
+            return opening.stream
 
     def _frame_stream(self, connection: Connection, mux: MuxStream) -> FrameStream:
         return FrameStream(connection.peer, mux, connection.tcp, connection.held, self._spawn, self.limits)
@@ -217,6 +220,16 @@ class Libp2pTransport:
                 raise rest from None
         finally:
             stream.abandon()
+
+    async def _answer_pings(self, stream: Stream) -> None:
+        """The heartbeat of a peer whose connection is held by a process beside its own: only this tells of itself."""
+        try:
+            silent = await answer_pings(stream, self.limits.heartbeat_interval_s, self.limits.silence_s)
+        except PeerUnreachable:
+            return  # it left, as its other streams hear, too
+        if silent:
+            for connection in tuple(self._live.get(stream.peer, ())):
+                connection.kill(f"silent for {self.limits.silence_s:.1f} s")
 
     def _crashed(self, error: Exception, peer: str, protocol: str) -> None:
         shown = "".join(traceback.format_exception(error))

@@ -19,8 +19,11 @@ _HEADER_BYTES = _HEADER.size
 _DATA, _WINDOW_UPDATE, _PING, _GO_AWAY = range(4)
 _SYN, _ACK, _FIN, _RST = 1, 2, 4, 8
 _INITIAL_WINDOW_BYTES = 256 * 1024
+# Go's Yamux loses what was read beyond half a window each of the six times that it doubles one, out of an eighth of a
+# MiB which keeps it going: pieces of this size cannot use that up.
+_SEGMENT_BYTES = 16 * 1024
 # A Noise message holds 65,535 bytes with its 16-byte tag: a full chunk is one of them, not one and a crumb.
-MAX_CHUNK_BYTES = 65535 - 16 - _HEADER_BYTES
+MAX_CHUNK_BYTES = 65535 - 16 - 4 * _HEADER_BYTES
 
 
 class MuxError(Exception):
@@ -59,12 +62,22 @@ class MuxStream:
     def write(self, parts: list[bytes | memoryview], size_bytes: int) -> None:
         """Send `parts`, together `size_bytes`: at most MAX_CHUNK_BYTES and at most `send_window`."""
         self.send_window -= size_bytes
-        self._muxer.push(b"".join((_HEADER.pack(0, _DATA, 0, self.id, size_bytes), *parts)))
+        if size_bytes <= _SEGMENT_BYTES:
+            self._muxer.push(b"".join((_HEADER.pack(0, _DATA, 0, self.id, size_bytes), *parts)))
+            return
+        data, pieces = memoryview(b"".join(parts)), list[bytes | memoryview]()
+        for at in range(0, size_bytes, _SEGMENT_BYTES):
+            segment = data[at : at + _SEGMENT_BYTES]
+            pieces += (_HEADER.pack(0, _DATA, 0, self.id, len(segment)), segment)
+        self._muxer.push(b"".join(pieces))
 
     def write_last(self, data: bytes) -> None:
-        """Send `data` and end the stream in the same breath; what the peer still sends is dropped."""
+        """Send `data` and end the stream in the same breath; what the peer still sends is dropped.
+
+        With FIN: behind a reset, Go's Yamux forgets what its reader has not taken yet.
+        """
         header = _HEADER.pack(0, _DATA, 0, self.id, len(data))
-        self._muxer.drop(self, header + data)
+        self._muxer.drop(self, header + data, _FIN)
 
     def grant(self, size_bytes: int) -> None:
         """Let the peer send so much more."""
@@ -126,11 +139,11 @@ class Muxer:
     def ping(self, number: int) -> None:
         self.push(_HEADER.pack(0, _PING, _SYN, 0, number))
 
-    def drop(self, stream: MuxStream, last: bytes = b"") -> None:
-        """Send `last` and a reset, and forget the stream. What the peer still sends for it is ignored."""
+    def drop(self, stream: MuxStream, last: bytes = b"", flag: int = _RST) -> None:
+        """Send `last` and a reset, and forget the stream. What the peer still sends for it is refused."""
         if not stream.up:
             return
-        self.push(last + _HEADER.pack(0, _WINDOW_UPDATE, _RST, stream.id, 0))
+        self.push(last + _HEADER.pack(0, _WINDOW_UPDATE, flag, stream.id, 0))
         self._forget(stream)
 
     def stop(self, reason: str) -> None:
@@ -183,13 +196,7 @@ class Muxer:
             raise MuxError("the peer closed the connection")
         stream = self._accept(stream_id) if flags & _SYN else self.streams.get(stream_id)
         if kind == _DATA:
-            if stream is not None and length > stream.recv_window:
-                raise MuxError("the peer sent more than its window")
-            self._body_left, self._body_of, self._body_flags = length, stream, flags
-            if stream is not None:
-                stream.recv_window -= length
-                if not length:
-                    self._flags(stream, flags)
+            self._data(stream, stream_id, flags, length)
         elif stream is not None:
             if length:
                 stream.send_window += length
@@ -197,6 +204,19 @@ class Muxer:
                 if stream.user is not None:
                     stream.user.on_window()
             self._flags(stream, flags)
+
+    def _data(self, stream: MuxStream | None, stream_id: int, flags: int, length: int) -> None:
+        """The head of a data frame; its bytes come next."""
+        if stream is not None and length > stream.recv_window:
+            raise MuxError("the peer sent more than its window")
+        self._body_left, self._body_of, self._body_flags = length, stream, flags
+        if stream is not None:
+            stream.recv_window -= length
+            if not length:
+                self._flags(stream, flags)
+        elif not flags & (_SYN | _FIN | _RST):
+            # A stream that we ended while the peer was sending: without this it would wait for a window for ever.
+            self.push(_HEADER.pack(0, _WINDOW_UPDATE, _RST, stream_id, 0))
 
     def _accept(self, stream_id: int) -> MuxStream | None:
         if stream_id == 0 or stream_id % 2 != self._peer_parity or stream_id in self.streams:
