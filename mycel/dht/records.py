@@ -34,7 +34,8 @@ class Announcement(Struct, frozen=True, array_like=True):
 
     block_time_s: compute of one decode token through one block; overhead_s: the rest of a step; queue_s: expected wait.
     kv_free_tokens of kv_total_tokens: token positions of KV memory for the whole span. rtts: (peer id, seconds).
-    link_bytes_per_s: the best rate measured between this peer and another, 0 if none was measured yet.
+    link_bytes_per_s: the best rate measured between this peer and another, 0 if none was measured yet. moving_to: the
+    span that it fetches to serve it in place of [start, end).
     """
 
     swarm: Key
@@ -51,6 +52,7 @@ class Announcement(Struct, frozen=True, array_like=True):
     rtts: Annotated[tuple[tuple[_Peer, Seconds], ...], Meta(max_length=MAX_RTTS)] = ()
     version: _Version = ""
     link_bytes_per_s: Annotated[float, Meta(ge=0.0, le=1e13)] = 0.0
+    moving_to: tuple[_Block, _Block] | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -83,6 +85,8 @@ def _check(announcement: Announcement) -> None:
     """What the types cannot say."""
     if announcement.start >= announcement.end:
         raise RemoteProtocolError(f"announced span {announcement.start}:{announcement.end} is empty")
+    if announcement.moving_to and announcement.moving_to[0] >= announcement.moving_to[1]:
+        raise RemoteProtocolError("announced to move to an empty span")
     if announcement.kv_free_tokens > announcement.kv_total_tokens:
         raise RemoteProtocolError("announced more free KV memory than there is")
     numbers = (announcement.block_time_s, announcement.overhead_s, announcement.queue_s, announcement.link_bytes_per_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 
 import psutil
@@ -28,7 +29,7 @@ from mycel.node.station import Station
 from mycel.protocols.errors import ConfigError, PeerError, RouteUnavailable
 from mycel.swarm.claims import SETTLE_S, must_yield
 from mycel.swarm.placement import capacity_blocks, choose_span, judge, show_bytes
-from mycel.swarm.rebalance import Move, Rebalancer
+from mycel.swarm.rebalance import Move, Rebalancer, pause_s
 from mycel.swarm.view import View
 from mycel.swarm.watch import SwarmWatch
 
@@ -42,8 +43,6 @@ MEASURED_BYTES = 4 << 20
 DEFAULT_BYTES_PER_S = 5e6
 # Enough for sessions that never needed the missing blocks.
 REPAIR_LEAVE_S = 2.0
-# While blocks are missing, looks are so many times as frequent.
-_HASTE = 10.0
 _SETTLE_LOOKS = 6
 
 
@@ -95,12 +94,12 @@ class Placing:
             return
         rebalancer = Rebalancer(self.me, self.capacity, trio.current_time(), self._token_bytes)
         while True:
-            view = await self.watch.view()
-            haste = _HASTE if view.staying().missing() else 1.0
-            await trio.sleep(self.config.rebalance_s / haste * self.rng.uniform(0.5, 1.5))
+            urgent = bool((await self.watch.view()).staying().missing())
+            await trio.sleep(pause_s(self.rng, self.config.rebalance_s, urgent=urgent))
             try:
                 view = await self.watch.view(fresh=True)
-                decision = rebalancer.decide(view, trio.current_time(), download_s=self._download_s(view))
+                decide = partial(rebalancer.decide, view, trio.current_time(), download_s=self._download_s(view))
+                decision = await trio.to_thread.run_sync(decide)  # in a large swarm it takes a quarter of a second
                 if isinstance(decision, Move):
                     await self._move(rebalancer, decision, view)
                 elif decision.reason != self._said:
@@ -159,21 +158,22 @@ class Placing:
             self.say(f"{said}, from {', '.join(source[-8:] for source in sorted(fetched.by_peer))}")
         self.store.share(self.model.manifest)
 
-    async def _move(self, rebalancer: Rebalancer, move: Move, view: View) -> None:
-        """Fetch while the old blocks are served, say where we go, and go unless another was first."""
+    async def _move(self, rebalancer: Rebalancer, move: Move, before: View) -> None:
+        """Say where we go and fetch it while the old blocks are served; go there unless another was first."""
         self.say(move.reason)
-        await self._fetch(view, move.start, move.end)
-        rebalancer.went_back()
-        before = await self.watch.view(fresh=True)
-        again = rebalancer.decide(before, trio.current_time(), download_s=0.0)
-        if not isinstance(again, Move) or (again.start, again.end) != (move.start, move.end):
-            self.say(f"stays after all: {again.reason}")
-            return
         self.station.claim(move.start, move.end)
-        await self.announcer.say()
-        if reason := await self._settle(before):
+        try:
+            await self.announcer.say()
+            began = trio.current_time()
+            await self._fetch(before, move.start, move.end)
+            reason = await self._settle(before, began + min(SETTLE_S, self.config.rebalance_s / 2))
+        except BaseException:
+            self.station.stay()
             rebalancer.went_back()
-            self.station.reclaim()
+            raise
+        if reason is not None:
+            self.station.stay()
+            rebalancer.went_back()
             await self.announcer.say()
             self.say(reason)
             return
@@ -185,15 +185,16 @@ class Placing:
         await self.announcer.say()
         self.say(f"serving blocks {move.start}:{move.end}")
 
-    async def _settle(self, before: View) -> str | None:
+    async def _settle(self, before: View, until_s: float) -> str | None:
         """Wait until others that chose at the same time would be seen; why to go back, if one of them was first."""
-        settle_s = min(SETTLE_S, self.config.rebalance_s / 2)
-        for _ in range(_SETTLE_LOOKS):
-            await trio.sleep(settle_s / _SETTLE_LOOKS)
+        while True:
             view = await self.watch.view(fresh=True)
             if reason := must_yield(view, self.me, before, bytes_per_token=self._token_bytes):
                 return reason
-        return None
+            now = trio.current_time()
+            if now >= until_s:
+                return None
+            await trio.sleep(min(until_s - now, SETTLE_S / _SETTLE_LOOKS))
 
 
 def _memory_bytes(config: NodeConfig) -> int:

@@ -9,7 +9,7 @@ Ring: shell.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mycel._version import __version__
 from mycel.dht.records import MAX_RTTS, Announcement
@@ -40,16 +40,15 @@ class Station:
     claimed: tuple[int, int] = (0, 0)
     service: HopService | None = None
     span: ServedSpan | None = None
-    claiming: bool = field(default=False, init=False)
 
     def claim(self, start: int, end: int) -> None:
-        """From now on say that the node is about to serve [start, end)."""
-        self.claimed, self.claiming = (start, end), True
+        """From now on say that the node is about to serve [start, end); until then it serves what it has."""
+        self.claimed = start, end
 
-    def reclaim(self) -> None:
-        """From now on say again that it serves what it serves."""
+    def stay(self) -> None:
+        """From now on say that it goes on serving what it has."""
         assert self.span is not None
-        self.claimed, self.claiming = (self.span.start, self.span.end), False
+        self.claimed = self.span.start, self.span.end
 
     async def open(self) -> None:
         """Load the claimed blocks and admit sessions. Raises ConfigError for weights that do not fit the model."""
@@ -65,7 +64,7 @@ class Station:
         budget = KVBudget(self.config.kv_tokens * per_token)
         service = HopService(self.network.transport, model.swarm, span, self.compute, budget, self.event)
         service.start()
-        self.span, self.service, self.block_time_s, self.claiming = span, service, span.block_time_s, False
+        self.span, self.service, self.block_time_s = span, service, span.block_time_s
 
     async def close(self, within_s: float) -> None:
         """Hand over all sessions, for at most `within_s`, and let go of the blocks."""
@@ -82,16 +81,19 @@ class Station:
         transport, service, span = self.network.transport, self.service, self.span
         rtts = ((peer, rtt) for peer in sorted(transport.connected()) if (rtt := transport.rtt_s(peer)) is not None)
         free, total, sessions = 0, self.config.kv_tokens, 0
+        (start, end), moving_to = self.claimed, None
         if service is not None and span is not None:
             per_token = max(1, span.session_bytes(span.start, span.end, 1))
             free, total = service.budget.free_bytes // per_token, service.budget.total_bytes // per_token
             sessions = len(service.sessions)
             self.link_bytes_per_s = max(self.link_bytes_per_s, service.rates.best)
+            if self.claimed != (span.start, span.end):
+                (start, end), moving_to = (span.start, span.end), self.claimed
         return Announcement(
             swarm=self.model.swarm,
-            start=self.claimed[0],
-            end=self.claimed[1],
-            state="joining" if self.claiming or service is None else "serving",
+            start=start,
+            end=end,
+            state="joining" if service is None else "serving",
             addresses=announced(transport.addresses),
             block_time_s=span.block_time_s if span is not None else self.block_time_s,
             overhead_s=OVERHEAD_S,
@@ -102,4 +104,5 @@ class Station:
             rtts=tuple(rtts)[:MAX_RTTS],
             version=__version__,
             link_bytes_per_s=self.link_bytes_per_s,
+            moving_to=moving_to,
         )

@@ -20,6 +20,7 @@ class Request:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     eos_token_ids: tuple[int, ...] = ()
     patience_s: float = 60.0
+    vocab_size: int = 2**31
 
     @property
     def max_tokens(self) -> int:

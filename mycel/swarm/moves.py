@@ -60,26 +60,36 @@ _Moves = tuple[tuple[int, int], ...]
 
 
 def find_plan(
-    machines: Sequence[Machine], n_blocks: int, *, share: float, depth: int, effort: int = EFFORT
+    machines: Sequence[Machine],
+    n_blocks: int,
+    *,
+    share: float,
+    depth: int,
+    known_per_s: float = 0.0,
+    effort: int = EFFORT,
 ) -> Plan | None:
     """The shortest list of up to `depth` moves that raises the throughput by `share`; of such the best that is found.
 
+    If the swarm did `known_per_s` before, and has made room since to do more, what exceeds that by `share` goes first.
     While blocks are missing: the shortest that closes all holes. No move takes a block from the swarm, also while its
     peer is away. The same machines give the same plan, whoever asks.
     """
     search = _Search(machines, n_blocks, effort)
     now = search.tokens_per_s
     ideal = math.fsum(each.supply.work for each in machines) / n_blocks
-    targets = [now * (1.0 + share)] if now > 0.0 else [ideal * hope for hope in _HOPES]
-    if ideal <= 0.0 or targets[-1] > ideal * (1.0 + _ROUNDING):
+    if ideal <= 0.0:
         return None
-    for moves in range(1, depth + 1):
-        found = next((plan for target in targets if (plan := search.run(target, moves))), None)
-        while found:
-            better = search.run(found.tokens_per_s * (1.0 + share), moves)
-            if better is None:
-                return found
-            found = better
+    aims = [[ideal * hope for hope in _HOPES]]
+    if now > 0.0:
+        aims = [[rate * (1.0 + share)] for rate in sorted({now, max(now, known_per_s)}, reverse=True)]
+    for targets in aims:
+        for moves in range(1, depth + 1):
+            found = next((plan for target in targets if (plan := search.run(target, moves))), None)
+            while found:
+                better = search.run(found.tokens_per_s * (1.0 + share), moves)
+                if better is None:
+                    return found
+                found = better
     return None
 
 
@@ -144,11 +154,14 @@ class _Search:
         self._effort = effort
         found = max_flow([each.supply for each in self._machines], n_blocks)
         self.tokens_per_s = found.tokens_per_s
+        self._ideal = math.fsum((each.shape or each.supply).work for each in machines) / n_blocks
         self._cuts = [_Cut(self._machines, n_blocks, found.bottleneck)]
         self._seen: set[frozenset[tuple[int, int]]] = set()
 
     def run(self, target: float, depth: int) -> Plan | None:
         """A plan of up to `depth` moves that reaches `target`."""
+        if target > self._ideal * (1.0 + _ROUNDING):
+            return None
         self._seen.clear()
         return self._try((), target, depth)
 

@@ -13,11 +13,11 @@ A move is of one of three kinds:
 1. Repair: a missing block is covered, at most once for each block.
 2. Gain: F rises by MIN_SHARE at least, at once.
 3. Preparation: it makes room, so that further moves of its plan will raise F by MIN_SHARE, and may lower F meanwhile. A
-   node prepares again only when F has risen by MIN_SHARE over what it was at its last preparation.
+   node prepares PREPARATIONS times, and again when F has risen by MIN_SHARE over what it was at the first of them.
 
 F has a greatest and a least value above 0, since there are finitely many arrangements. So with
-G = log(F_max / F_min) / log(1 + MIN_SHARE) a node prepares at most 1 + G times, N nodes N * (1 + G) times, and between
-two preparations there are at most G gains: the number of moves is bounded and ends.
+G = log(F_max / F_min) / log(1 + MIN_SHARE) a node prepares at most P = PREPARATIONS * (1 + G) times, N nodes N * P
+times, and between two preparations there are at most G gains: the number of moves is bounded and ends.
 
 Petals (Borzunov et al. 2023, appendix) plays through the greedy moves of all servers instead and moves if the weakest
 block gains a quarter; nothing bounds its number of moves, and servers that look at the same time move together.
@@ -41,9 +41,12 @@ if TYPE_CHECKING:
 
 # Peers that a plan moves; benchmarks/placement.py shows what that is worth.
 MAX_MOVES = 3
+# The others may follow with another plan than the one that a node made room for.
+PREPARATIONS = 3
 # Seconds between two looks, on average.
 PERIOD_S = 60.0
-URGENT_PERIOD_S = 10.0
+# While blocks are missing, looks are so many times as frequent.
+HASTE = 6.0
 # After a move, so many seconds at the place, and so many times what the next download takes.
 COOL_DOWN_S = 600.0
 COOL_DOWN_DOWNLOADS = 3.0
@@ -86,8 +89,11 @@ class Rebalancer:
     bytes_per_token: float = 0.0
     _before_that_at: float = field(default=-math.inf, init=False)
     _members: frozenset[str] = field(default=frozenset(), init=False)
-    # Tokens a second when it last moved to make room for others.
-    _prepared_per_s: float | None = field(default=None, init=False)
+    # What the swarm did at best with these members.
+    _best_per_s: float = field(default=0.0, init=False)
+    # How often it has moved to make room for others since the swarm did so many tokens a second.
+    _preparations: int = field(default=0, init=False)
+    _prepared_per_s: float = field(default=0.0, init=False)
     # Peers that plans move first: their place, and since when they have been waited for.
     _awaited: dict[str, tuple[tuple[int, int], float]] = field(default_factory=dict, init=False)
 
@@ -123,7 +129,7 @@ class Rebalancer:
         """Forget what was only true of other peers at other places."""
         members = frozenset(name for name, peer in view.peers.items() if peer.staying)
         if members != self._members:
-            self._members, self._prepared_per_s, self._awaited = members, None, {}
+            self._members, self._preparations, self._best_per_s, self._awaited = members, 0, 0.0, {}
         self._awaited = {
             name: (place, since) for name, (place, since) in self._awaited.items() if _place(view.peers[name]) == place
         }
@@ -132,7 +138,10 @@ class Rebalancer:
         """What to do for the swarm, if those do not move who were waited for long enough."""
         stuck = {name for name, (_, since) in self._awaited.items() if now - since >= PATIENCE_S}
         machines = [self._machine(view, peer, stuck) for peer in measured(view).serving()]
-        plan = find_plan(machines, view.n_blocks, share=MIN_SHARE, depth=MAX_MOVES)
+        self._best_per_s = max(
+            self._best_per_s, max_flow([each.supply for each in machines], view.n_blocks).tokens_per_s
+        )
+        plan = find_plan(machines, view.n_blocks, share=MIN_SHARE, depth=MAX_MOVES, known_per_s=self._best_per_s)
         if plan is None and not whole and (patch := find_patch(machines, view.n_blocks)):
             return Plan((patch,), 0.0)
         return plan
@@ -170,9 +179,11 @@ class Rebalancer:
         reason = f"raises the swarm from {present:.3g} to {plan.tokens_per_s:.3g} tokens a second"
         if self._flow_at(view, given, move.start, move.end) >= present * (1.0 + MIN_SHARE):
             return self._move(move, now, reason)
-        if self._prepared_per_s is not None and present < self._prepared_per_s * (1.0 + MIN_SHARE):
-            return Stay(f"{here}: it has made room for others once, and that did not help")
-        self._prepared_per_s = present
+        if self._preparations == 0 or present >= self._prepared_per_s * (1.0 + MIN_SHARE):
+            self._preparations, self._prepared_per_s = 0, present
+        elif self._preparations == PREPARATIONS:
+            return Stay(f"{here}: it has made room for others {PREPARATIONS} times, and that did not help")
+        self._preparations += 1
         following = " and ".join(f"{short_id(each.peer)} to {each.start}:{each.end}" for each in plan.moves[1:])
         return self._move(move, now, f"with {following} that {reason}")
 
@@ -185,9 +196,9 @@ class Rebalancer:
         return Move(move.start, move.end, f"moves to {move.start}:{move.end}: {reason}")
 
 
-def pause_s(rng: Random, *, urgent: bool) -> float:
+def pause_s(rng: Random, period_s: float = PERIOD_S, *, urgent: bool) -> float:
     """Seconds to the next look: spread, so that nodes seldom decide at the same time; few while blocks are missing."""
-    return (URGENT_PERIOD_S if urgent else PERIOD_S) * rng.uniform(0.5, 1.5)
+    return period_s / (HASTE if urgent else 1.0) * rng.uniform(0.5, 1.5)
 
 
 def _place(peer: PeerView) -> tuple[int, int]:

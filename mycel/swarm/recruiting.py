@@ -26,7 +26,13 @@ from mycel.swarm.generation import Request
 from mycel.swarm.routing import Chain, Hop, choose_chain
 from mycel.swarm.view import View, ranges
 
-OPEN_PATIENCE_S = 15.0
+# A hop answers its opening at once. So a silent one is left after the time that a silence may take at any other moment,
+# or somewhat more where a connection has to be made first; and each time that a peer was left, the next try may take
+# twice as long: perhaps it is slow and not silent, and the only one.
+OPEN_PATIENCE_S = 2.0
+CONNECT_PATIENCE_S = 5.0
+OPEN_ROUND_TRIPS = 5.0
+MAX_OPEN_PATIENCE_S = 15.0
 
 
 class ViewSource(Protocol):
@@ -224,7 +230,8 @@ class Recruiter:
         """Open one hop. Raises PeerError if it cannot be reached, refuses, or does not answer in time."""
         address = hop.peer
         self.transport.learn(address.peer, address.addresses)
-        with trio.move_on_after(OPEN_PATIENCE_S):
+        patience_s = self._open_patience_s(address.peer)
+        with trio.move_on_after(patience_s):
             stream = await self.transport.open(address.peer, ids.SESSION)
             try:
                 await stream.send(*session_codec.encode(message))
@@ -239,7 +246,12 @@ class Recruiter:
             if isinstance(answer, HopRefused):
                 raise PeerRefused(address.peer, answer.reason)
             raise RemoteProtocolError("did not answer the opening of a session", address.peer)
-        raise PeerTimeout(address.peer, f"did not open the session within {OPEN_PATIENCE_S:.0f} s")
+        raise PeerTimeout(address.peer, f"did not open the session within {patience_s:.0f} s")
+
+    def _open_patience_s(self, peer: str) -> float:
+        rtt_s, failure = self.transport.rtt_s(peer), self.failures.by_peer.get(peer)
+        once_s = CONNECT_PATIENCE_S if rtt_s is None else max(OPEN_PATIENCE_S, OPEN_ROUND_TRIPS * rtt_s)
+        return min(once_s * 2.0 ** min(failure.count if failure else 0, 4), MAX_OPEN_PATIENCE_S)
 
 
 def _runs(indices: Sequence[int]) -> list[range]:

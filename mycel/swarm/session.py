@@ -151,6 +151,8 @@ class InferenceSession:
             return  # a new last hop may repeat what another had delivered
         if sampled.position > len(self.tokens):
             raise RemoteProtocolError(f"token for position {sampled.position}, expected {len(self.tokens)}")
+        if sampled.token >= self.request.vocab_size:
+            raise RemoteProtocolError(f"token {sampled.token} of a vocabulary of {self.request.vocab_size}")
         await self._pass_on(sampled)
 
     async def _pass_on(self, sampled: Sampled) -> None:

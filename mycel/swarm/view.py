@@ -25,7 +25,8 @@ _LEAST_STEP_S = 1e-6
 class PeerView:
     """What one peer last announced about its span [start, end). Times are seconds, `rtts` are (peer, rtt_s) pairs.
 
-    A step of one token through n of its blocks takes overhead_s + n * block_time_s, after a wait of queue_s.
+    A step of one token through n of its blocks takes overhead_s + n * block_time_s, after a wait of queue_s. With
+    `moving_to` it is fetching that span, and serves [start, end) until it has it.
     """
 
     peer: str
@@ -42,6 +43,7 @@ class PeerView:
     seq: int
     expires_at: float
     link_bytes_per_s: float = 0.0
+    moving_to: tuple[int, int] | None = None
 
     @property
     def address(self) -> PeerAddress:
@@ -56,6 +58,12 @@ class PeerView:
     def staying(self) -> bool:
         """Whether it serves its span or is about to: what placement counts on."""
         return self.state != "leaving"
+
+    @property
+    def settled(self) -> PeerView:
+        """As it will be when it has fetched what it is going to serve."""
+        start, end = self.moving_to or (self.start, self.end)
+        return replace(self, start=start, end=end, state="serving", moving_to=None)
 
     @property
     def steps_per_s(self) -> float:
@@ -85,7 +93,8 @@ class View:
         A span outside the model is not believed: the view stays as it is.
         """
         announced = located.announcement
-        if not 0 <= announced.start < announced.end <= self.n_blocks:
+        places = [(announced.start, announced.end), *([announced.moving_to] if announced.moving_to else [])]
+        if not all(0 <= start < end <= self.n_blocks for start, end in places):
             return self
         found = PeerView(
             peer=located.peer,
@@ -102,6 +111,7 @@ class View:
             seq=located.seq,
             expires_at=located.expires_at,
             link_bytes_per_s=announced.link_bytes_per_s,
+            moving_to=announced.moving_to,
         )
         known = self.peers.get(found.peer)
         if known is not None and _age(found) <= _age(known):
@@ -122,8 +132,8 @@ class View:
         return tuple(peer for _, peer in sorted(self.peers.items()) if peer.serving)
 
     def staying(self) -> View:
-        """The view as placement sees it: who leaves is gone, who joins serves."""
-        peers = {name: replace(peer, state="serving") for name, peer in self.peers.items() if peer.staying}
+        """The view as placement sees it: who leaves is gone, who joins serves, who moves is where it moves to."""
+        peers = {name: peer.settled for name, peer in self.peers.items() if peer.staying}
         return replace(self, peers=peers)
 
     def holders(self, block: int) -> tuple[PeerView, ...]:

@@ -32,7 +32,7 @@ def test_who_joins_at_the_same_moment_does_not_choose_the_same(llama: Path, tmp_
 
 @pytest.mark.parametrize("has_files", [True, False])
 def test_survivors_take_over_blocks_that_nobody_serves_any_more(has_files: bool, llama: Path, tmp_path: Path) -> None:
-    """Nodes of two blocks each, at 0:2, 2:4 and 1:3. The only holder of block 3 is killed in mid-sentence: 1:3 moves."""
+    """Nodes of two blocks each, at 0:2, 2:4 and 1:3. The only holder of block 3 is killed: 1:3 moves."""
     with Nodes(tmp_path, llama) as nodes:
         options = {"max_blocks": 2, "rebalance_s": 4.0, "ttl_s": 4.0}
         founder = nodes.start_one(**options)
