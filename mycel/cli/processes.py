@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -27,6 +28,8 @@ from mycel.node.background import cause_of
 
 READY_S = 180.0
 LEAVE_S = 8.0
+# What a node may take to hand its sessions over, as `mycel start --leave` has it, and to go then.
+HAND_OVER_S = 30.0 + LEAVE_S
 _LOG_TAIL_BYTES = 8192
 # What a node says to the shell when it ends by an error that the user can do something about.
 _TOLD = range(64, 79)
@@ -64,6 +67,11 @@ class LocalNode:
         assert self.ready is not None, "the node was handed out before it was ready"
         return self.ready
 
+    @property
+    def blocks(self) -> str:
+        """Its span, written A:B."""
+        return f"{self.serving.start}:{self.serving.end}"
+
     def last_words(self, n_lines: int = 5) -> list[str]:
         """The end of its log."""
         try:
@@ -78,6 +86,28 @@ class LocalNode:
         """End it as a power cut would."""
         self.expected = True
         self.process.kill()
+
+    def freeze(self) -> None:
+        """Let it stand still: its sockets stay open, and nothing answers."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let a frozen one go on; nothing for others, and for those that have ended."""
+        if hasattr(signal, "SIGCONT") and self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+
+    async def leave(self) -> bool:
+        """Ask it to leave and wait until it has; whether it went by itself."""
+        self.expected = True
+        assert self.process.stdin is not None
+        await self.process.stdin.aclose()
+        with trio.move_on_after(HAND_OVER_S):
+            await self.process.wait()
+        went = self.process.poll() is not None
+        if not went:
+            self.process.kill()
+        await self.process.wait()
+        return went
 
 
 @dataclass(eq=False, slots=True)
@@ -97,11 +127,24 @@ class LocalNetwork:
         """
         return await self._start(f"node-{next(self._numbers)}", arguments)
 
+    async def restart(self, node: LocalNode, *arguments: str) -> None:
+        """Start a node that has ended (or ends now) again, with its name, directory and key. Raises as `start` does."""
+        await node.process.wait()
+        await _close_pipes(node)
+        node.process = await self._open(node.name, arguments, "ab")
+        node.expected = False
+        await self._ready(node)
+
     async def _start(self, name: str, arguments: Sequence[str]) -> LocalNode:
-        node = await self._spawn(name, arguments)
+        node = LocalNode(name, await self._open(name, arguments, "wb"), self._log(name))
+        self.nodes.append(node)
+        await self._ready(node)
+        return node
+
+    async def _ready(self, node: LocalNode) -> None:
         with trio.move_on_after(READY_S):
             node.ready = await self._hear(node)
-            return node
+            return
         raise NodeFailedError(f"{node.name} was not ready after {READY_S:.0f} s; its log: {node.log}", TIMEOUT)
 
     async def start_all(self, many: Sequence[Sequence[str]]) -> list[LocalNode]:
@@ -120,14 +163,16 @@ class LocalNetwork:
             raise cause_of(group) from None
         return [started[name] for name in names]
 
-    async def _spawn(self, name: str, arguments: Sequence[str]) -> LocalNode:
-        log = make_directory(self.directory) / f"{name}.log"
+    def _log(self, name: str) -> Path:
+        return make_directory(self.directory) / f"{name}.log"
+
+    async def _open(self, name: str, arguments: Sequence[str], log_mode: str) -> trio.Process:
         threads = max(1, cores() // self.n_expected)
         shared = ["--data-dir", str(self.directory / name), "--listen", self.listen, "--threads", str(threads)]
         # -P: a file in the working directory must not stand in for a module.
         command = [sys.executable, "-P", "-m", "mycel", *arguments, *shared, "--no-mdns", "--json", "--supervised"]
-        with log.open("wb") as errors:
-            process = await trio.lowlevel.open_process(
+        with self._log(name).open(log_mode) as errors:
+            return await trio.lowlevel.open_process(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -135,9 +180,6 @@ class LocalNetwork:
                 env=_environment(threads),
                 start_new_session=True,  # the terminal's Ctrl-C is for us, and we tell the nodes
             )
-        node = LocalNode(name, process, log)
-        self.nodes.append(node)
-        return node
 
     async def _hear(self, node: LocalNode) -> Ready:
         """Read the line that says that the node is ready."""
@@ -184,6 +226,7 @@ async def local_network(
 
 async def _stop(node: LocalNode) -> None:
     node.expected = True
+    node.thaw()
     if node.process.poll() is None:
         assert node.process.stdin is not None
         await node.process.stdin.aclose()
@@ -192,6 +235,10 @@ async def _stop(node: LocalNode) -> None:
         if node.process.poll() is None:
             node.process.kill()
     await node.process.wait()
+    await _close_pipes(node)
+
+
+async def _close_pipes(node: LocalNode) -> None:
     if node.process.stdout is not None:
         await node.process.stdout.aclose()
     if node.process.stdin is not None:

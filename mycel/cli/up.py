@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import trio
 
+from mycel.cli.chaos import ChaosRun
+from mycel.cli.chaos_options import chaos_of, chaos_options
 from mycel.cli.common import exclusive, forget_invite, remember_invite, say, state_home, write
-from mycel.cli.exits import FAILURE, INTERRUPTED, TERMINATED, CommandFailedError
+from mycel.cli.exits import INTERRUPTED, TERMINATED, CommandFailedError
 
 if TYPE_CHECKING:
     from mycel.cli.processes import LocalNetwork, LocalNode
@@ -39,10 +42,8 @@ class LocalPlan:
 @click.option(
     "--replicas",
     type=click.IntRange(1, 64),
-    default=1,
-    show_default=True,
     metavar="N",
-    help="How many nodes serve each block.",
+    help="How many nodes serve each block. [default: 1, with faults 2]",
 )
 @click.option(
     "--dir",
@@ -58,7 +59,10 @@ class LocalPlan:
     metavar="ADDRESS",
     help="Where the nodes listen, as a multiaddr with port 0.",
 )
-@click.option("--json", "as_json", is_flag=True, help="When ready, print one JSON object instead of the table.")
+@chaos_options
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of a table: of nodes, or the verdict."
+)
 @click.pass_context
 def up(
     ctx: click.Context,
@@ -66,20 +70,33 @@ def up(
     *,
     nodes: int,
     model: Path | None,
-    replicas: int,
+    replicas: int | None,
     directory: Path | None,
     listen: str,
     as_json: bool,
+    **typed: Any,
 ) -> None:
     """Start a local network of real node processes.
 
     Each node serves a share of the model's blocks. The network stays until Ctrl-C, and then leaves no process behind.
     Meanwhile, in another terminal: `mycel run "..."`, `mycel chat`, `mycel status`.
+
+    Links can be made worse (--rtt, --jitter, --loss, --bandwidth) and nodes hit (--kill, --stop, --leave). With faults,
+    --for or --load the command asks prompts itself and ends with a verdict: every answer is compared with what one
+    process alone says, and the exit code is 0 only if all are equal.
     """
-    plan = plan_network(model, nodes, replicas)
+    chaos = chaos_of(typed)
+    plan = plan_network(model, nodes, replicas or (2 if chaos.rates.any else 1))
+    if not chaos.shape.is_plain:
+        plan = replace(plan, shared=(*plan.shared, "--shape", str(chaos.shape)))
     place = directory or state_home() / "up"
+    if not chaos.is_driven:
+        with exclusive(place, "--dir"):
+            ctx.exit(trio.run(_up, plan, place, listen, partial(_stay, as_json=as_json)))
+    run = ChaosRun.planned(plan, chaos, place)
     with exclusive(place, "--dir"):
-        ctx.exit(trio.run(_up, plan, place, listen, as_json))
+        code = trio.run(_up, plan, place, listen, run.play)
+    ctx.exit(run.conclude(code, as_object=as_json))
 
 
 def plan_network(model: Path | None, n_nodes: int, replicas: int) -> LocalPlan:
@@ -110,7 +127,13 @@ def best_invite(nodes: Sequence[LocalNode]) -> str:
     return nodes[-1].serving.invite
 
 
-async def _up(plan: LocalPlan, directory: Path, listen: str, as_json: bool) -> int:
+async def _up(
+    plan: LocalPlan,
+    directory: Path,
+    listen: str,
+    play: Callable[[LocalNetwork, Sequence[LocalNode]], Awaitable[None]],
+) -> int:
+    """Found the network and `play` on it; the exit code: 0 when that is over, or that of a signal that cut it short."""
     from mycel.cli.processes import local_network
     from mycel.node.background import background
 
@@ -135,15 +158,15 @@ async def _up(plan: LocalPlan, directory: Path, listen: str, as_json: bool) -> i
                 invite = best_invite(nodes)
                 remember_invite(invite)
                 try:
-                    _show(nodes, invite, as_json=as_json)
-                    await _watch(nodes)
+                    await play(network, nodes)
                 finally:
                     forget_invite(invite)
-    return code or FAILURE
+    return code
 
 
-async def _watch(nodes: Sequence[LocalNode]) -> None:
-    """Tell of every node that ends. Raises CommandFailedError when none is left."""
+async def _stay(_: LocalNetwork, nodes: Sequence[LocalNode], *, as_json: bool) -> None:
+    """Tell how to use the network, and of every node that ends. Raises CommandFailedError when none is left."""
+    _show(nodes, best_invite(nodes), as_json=as_json)
 
     async def one(node: LocalNode) -> None:
         code = await node.process.wait()
