@@ -130,7 +130,14 @@ class Model:
     ) -> Request:
         tokens = self.encode(prompt)
         n_new = self._room(len(tokens), max_new_tokens)
-        return Request(tuple(tokens), n_new, sampling or SamplingParams(), self.manifest.eos_token_ids, patience_s)
+        return Request(
+            tuple(tokens),
+            n_new,
+            sampling or SamplingParams(),
+            self.manifest.eos_token_ids,
+            patience_s,
+            self.manifest.vocab_size,
+        )
 
     @asynccontextmanager
     async def _run(

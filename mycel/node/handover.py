@@ -22,7 +22,7 @@ from mycel.node.span_port import StateIntake, StatePiece
 from mycel.protocols import ids
 from mycel.protocols.codec import handover_codec
 from mycel.protocols.errors import PeerError, PeerRefused, PeerTimeout, RemoteProtocolError
-from mycel.protocols.hop import OutputLog
+from mycel.protocols.hop import MAX_STEP_TOKENS, OutputLog
 from mycel.protocols.messages import (
     GiveState,
     HandedOver,
@@ -48,7 +48,7 @@ LEAST_WINDOW_BYTES = 512 * 1024
 MOST_WINDOW_BYTES = 1024 * 1024
 OUTPUTS = -1  # the `block` of the output log
 # Of the log in one part: as many as a step may have, since each becomes one when it is sent again.
-OUTPUT_TOKENS = 256
+OUTPUT_TOKENS = MAX_STEP_TOKENS
 OUTPUT_BYTES = 128 * 1024
 MAX_RATES = 256
 

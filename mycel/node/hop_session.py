@@ -23,7 +23,7 @@ from mycel.node.sampling import sample
 from mycel.node.span_port import SpanModel
 from mycel.protocols.codec import ring_codec, session_codec
 from mycel.protocols.errors import PeerError, RemoteProtocolError
-from mycel.protocols.hop import HopMachine, OutputLog
+from mycel.protocols.hop import MAX_STEP_TOKENS, HopMachine, OutputLog
 from mycel.protocols.messages import (
     AskProgress,
     Attached,
@@ -46,7 +46,7 @@ from mycel.protocols.wire import WireTensor
 if TYPE_CHECKING:
     from mycel.node.hop_service import HopService
 
-PREFILL_CHUNK_TOKENS = 256
+PREFILL_CHUNK_TOKENS = MAX_STEP_TOKENS
 
 
 @dataclass(eq=False, slots=True)

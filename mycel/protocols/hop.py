@@ -19,6 +19,9 @@ from mycel.protocols.messages import OpenHop, PeerAddress, Relink
 
 T = TypeVar("T")
 
+# In one step, at most: a longer prompt goes in several, so that the next hops work while this one goes on.
+MAX_STEP_TOKENS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class Output(Generic[T]):

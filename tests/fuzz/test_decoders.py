@@ -20,7 +20,15 @@ import pytest
 from mycel.dht.records import Announcement, decode_announcement, encode_announcement
 from mycel.node.text import TextCodec
 from mycel.protocols import messages as m
-from mycel.protocols.codec import Codec, file_codec, record_codec, ring_codec, session_codec
+from mycel.protocols.codec import (
+    Codec,
+    file_codec,
+    handover_codec,
+    reach_codec,
+    record_codec,
+    ring_codec,
+    session_codec,
+)
 from mycel.protocols.errors import MycelError
 from mycel.protocols.hop import HopMachine
 from mycel.protocols.messages import OpenHop
@@ -29,7 +37,16 @@ from mycel.security.envelope import check_record, sign_record
 from mycel.security.identity import Identity
 from mycel.security.signatures import public_key_of, verify
 from mycel.swarm.invite import make_invite, parse_invite
-from mycel.swarm.manifest import DTYPES, FileSpec, Manifest, TensorSpec, UnitSpec, decode_manifest, manifest_bytes
+from mycel.swarm.manifest import (
+    DTYPES,
+    FileSpec,
+    Manifest,
+    TensorSpec,
+    UnitSpec,
+    decode_manifest,
+    manifest_bytes,
+    sign_manifest,
+)
 from tests.fuzz.mutations import mutated
 
 NOW = 1_750_000_000.0
@@ -85,7 +102,28 @@ def manifest_sample() -> bytes:
         tensor = TensorSpec(f"model.{name}.weight", "float32", (4, 4))
         units.append(UnitSpec(name, (tensor,), 16 * DTYPES["float32"][1], bytes(32)))
     files = (FileSpec("config.json", 10, bytes(32)), FileSpec("tokenizer.json", 10, bytes(32)))
-    return manifest_bytes(Manifest(1, "Tiny", "llama", 2, 4, 32, "float32", 64, (2,), files, tuple(units)))
+    return manifest_bytes(
+        sign_manifest(
+            Manifest(
+                2,
+                "Tiny",
+                "",
+                "org/tiny@main",
+                "llama",
+                2,
+                4,
+                32,
+                "float32",
+                64,
+                (2,),
+                files,
+                bytes(32),
+                tuple(units),
+                b"",
+            ),
+            Identity.from_seed(bytes(32)),
+        )
+    )
 
 
 def check_signed(data: bytes) -> object:
@@ -106,6 +144,15 @@ def check_invite(data: bytes) -> object:
     return invite
 
 
+def state_samples() -> list[bytes]:
+    """Keys and values of a block, and a piece of the output log."""
+    import torch
+
+    keys_HTD, outputs_TD = torch.zeros(2, 3, 4), torch.ones(3, 8)
+    parts = [(m.StatePart(5, 0), [keys_HTD, keys_HTD]), (m.StatePart(-1, 0), [outputs_TD])]
+    return [b"".join(handover_codec.encode(part, [to_wire(t) for t in tensors])) for part, tensors in parts]
+
+
 def targets() -> Mapping[str, Target]:
     session_samples = frames(
         session_codec,
@@ -114,6 +161,13 @@ def targets() -> Mapping[str, Target]:
         m.HopOpened(),
         m.HopRefused("KV memory is full"),
         m.Relink(PEER, PEER, 3, 4),
+        OpenHop(bytes(16), bytes(32), 0, 4, 100, PEER, PEER, tuple(range(40)), None, 3, 3, PEER.peer),
+        m.Relink(PEER, PEER, 3, 4, PEER, 5),
+        m.AskProgress(40),
+        m.Progress(40, 39, 1_000_000),
+        m.Leaving(30.0),
+        m.HandOver(PEER),
+        m.HandedOver(40, "replaying is quicker"),
         m.Sampled(41, 7, (m.HopTiming(100, 2000),) * 4, "stop"),
         m.HopFailed(PEER.peer, "connection lost"),
     )
@@ -131,6 +185,20 @@ def targets() -> Mapping[str, Target]:
         m.FileChunk(bytes(100)),
         m.NotHere("no such file"),
     )
+    handover_samples = [
+        *frames(
+            handover_codec,
+            m.GiveState(bytes(16), 1000, 2**40),
+            m.StateTaken(70_000, 1000),
+            m.StateRefused("replaying is quicker"),
+        ),
+        *state_samples(),
+    ]
+    reach_samples = frames(
+        reach_codec,
+        m.DialMe(PEER.addresses),
+        m.Dialled((m.DialResult("/ip4/127.0.0.1/tcp/4001", "refused"),), "/ip4/127.0.0.1/tcp/9", NOW),
+    )
     announcement = Announcement(
         bytes(32), 0, 4, addresses=PEER.addresses, block_time_s=0.01, rtts=((IDENTITY.peer_id, 0.02),), version="1.0"
     )
@@ -138,8 +206,10 @@ def targets() -> Mapping[str, Target]:
     return {
         "session frames": frame_target(session_codec, session_samples),
         "ring frames": frame_target(
-            ring_codec, [*step_samples(), *frames(ring_codec, m.Attach(bytes(16), 2), m.NextToken(1, 2))]
+            ring_codec, [*step_samples(), *frames(ring_codec, m.Attach(bytes(16), 2), m.Attached(9), m.NextToken(1, 2))]
         ),
+        "handover frames": frame_target(handover_codec, handover_samples),
+        "reach frames": frame_target(reach_codec, reach_samples),
         "record frames": frame_target(record_codec, record_samples),
         "file frames": frame_target(file_codec, file_samples),
         "signed records": Target(check_signed, record_samples[1:]),
