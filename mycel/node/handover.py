@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mycel.node.hop_links import Logged
 from mycel.node.span_port import StateIntake, StatePiece
-from mycel.protocols import ids
+from mycel.protocols import hop, ids
 from mycel.protocols.codec import handover_codec
 from mycel.protocols.errors import PeerError, PeerRefused, PeerTimeout, RemoteProtocolError
-from mycel.protocols.hop import MAX_STEP_TOKENS, OutputLog
+from mycel.protocols.hop import OutputLog
 from mycel.protocols.messages import (
     GiveState,
     HandedOver,
@@ -47,8 +47,6 @@ PATIENCE_S = 10.0
 LEAST_WINDOW_BYTES = 512 * 1024
 MOST_WINDOW_BYTES = 1024 * 1024
 OUTPUTS = -1  # the `block` of the output log
-# Of the log in one part: as many as a step may have, since each becomes one when it is sent again.
-OUTPUT_TOKENS = MAX_STEP_TOKENS
 OUTPUT_BYTES = 128 * 1024
 MAX_RATES = 256
 
@@ -196,7 +194,7 @@ def _output_pieces(outputs: list[Tensor]) -> Iterator[StatePiece]:
     position = 0
     rows: list[Tensor] = []
     for hidden_TD in outputs:
-        n_max = min(max(OUTPUT_BYTES // max(hidden_TD[0].nbytes, 1), 1), OUTPUT_TOKENS)
+        n_max = min(max(OUTPUT_BYTES // max(hidden_TD[0].nbytes, 1), 1), hop.MAX_STEP_TOKENS)
         for at in range(0, len(hidden_TD), n_max):
             piece_TD = hidden_TD[at : at + n_max]
             if rows and sum(map(len, rows)) + len(piece_TD) > n_max:
@@ -305,7 +303,7 @@ class Takeover:
         hidden_TD = tensors[0]
         if hidden_TD.ndim != 2 or hidden_TD.shape[1] != span.hidden_size or hidden_TD.dtype != span.dtype:
             raise RemoteProtocolError(f"outputs of shape {tuple(hidden_TD.shape)} and {hidden_TD.dtype}")
-        if not 0 < len(hidden_TD) <= OUTPUT_TOKENS or part.position != _end(outputs):
+        if not 0 < len(hidden_TD) <= hop.MAX_STEP_TOKENS or part.position != _end(outputs):
             raise RemoteProtocolError(f"{len(hidden_TD)} outputs from position {part.position}")
         if not bool(torch.isfinite(hidden_TD).all()):
             raise RemoteProtocolError("outputs that are not finite")

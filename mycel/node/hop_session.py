@@ -21,9 +21,10 @@ from mycel.node.handover import Takeover, hand_over
 from mycel.node.hop_links import Logged, Outbound, Timings
 from mycel.node.sampling import sample
 from mycel.node.span_port import SpanModel
+from mycel.protocols import hop
 from mycel.protocols.codec import ring_codec, session_codec
 from mycel.protocols.errors import PeerError, RemoteProtocolError
-from mycel.protocols.hop import MAX_STEP_TOKENS, HopMachine, OutputLog
+from mycel.protocols.hop import HopMachine, OutputLog
 from mycel.protocols.messages import (
     AskProgress,
     Attached,
@@ -45,8 +46,6 @@ from mycel.protocols.wire import WireTensor
 
 if TYPE_CHECKING:
     from mycel.node.hop_service import HopService
-
-PREFILL_CHUNK_TOKENS = MAX_STEP_TOKENS
 
 
 @dataclass(eq=False, slots=True)
@@ -185,8 +184,8 @@ class HopSession:
     async def _prefill(self) -> None:
         """Feed what is new of the prompt in chunks, so that the next hops work while this one goes on."""
         prompt = torch.tensor(self.machine.opening.prompt, dtype=torch.int64)
-        for position in range(self.machine.position, len(prompt), PREFILL_CHUNK_TOKENS):
-            await self.feed(position, prompt[position : position + PREFILL_CHUNK_TOKENS], ())
+        for position in range(self.machine.position, len(prompt), hop.MAX_STEP_TOKENS):
+            await self.feed(position, prompt[position : position + hop.MAX_STEP_TOKENS], ())
 
     async def take_inputs(self, stream: Stream) -> None:
         """Say what we lack and feed what the previous hop pushes, until a newer link or another previous hop comes."""
@@ -225,8 +224,8 @@ class HopSession:
         hidden_TD = from_wire(tensors[0])
         if hidden_TD.ndim != 2 or hidden_TD.shape[1] != span.hidden_size or hidden_TD.dtype != span.dtype:
             raise RemoteProtocolError(f"hidden states of shape {tuple(hidden_TD.shape)} and {hidden_TD.dtype}")
-        if len(hidden_TD) > PREFILL_CHUNK_TOKENS:
-            raise RemoteProtocolError(f"a step of {len(hidden_TD)} tokens; {PREFILL_CHUNK_TOKENS} are allowed")
+        if len(hidden_TD) > hop.MAX_STEP_TOKENS:
+            raise RemoteProtocolError(f"a step of {len(hidden_TD)} tokens; {hop.MAX_STEP_TOKENS} are allowed")
         if not bool(torch.isfinite(hidden_TD).all()):
             raise RemoteProtocolError("hidden states that are not finite")
         return message.position, hidden_TD, message.timings

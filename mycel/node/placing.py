@@ -143,7 +143,8 @@ class Placing:
         todo_bytes = self.store.require_space(self.model.manifest, units)
         if todo_bytes:
             others = view.without({self.me}).peers
-            self.say(f"fetching {show_bytes(todo_bytes)} of weights from {len(others)} peers")
+            sources = "1 peer" if len(others) == 1 else f"{len(others)} peers"
+            self.say(f"fetching {show_bytes(todo_bytes)} of weights from {sources}")
             transport = self.station.network.transport
             for peer in others.values():
                 transport.learn(peer.peer, peer.addresses)

@@ -71,7 +71,8 @@ async def run_node(
         say(_machine(config))
         if config.invite is not None:
             await network.join(config.invite.bootstrap)
-            say(f"swarm {config.invite.name}: {len(network.transport.connected())} peers connected")
+            n_peers = len(network.transport.connected())
+            say(f"swarm {config.invite.name}: connected to {n_peers} peer{'' if n_peers == 1 else 's'}")
         model = await find_model(config, network, store, compute)
         say(
             f"model {model.manifest.name}: {model.info.architecture}, {model.info.n_blocks} blocks, "

@@ -9,13 +9,13 @@ import pytest
 import torch
 import trio
 
-from mycel.node.handover import OUTPUT_TOKENS, OUTPUTS, PATIENCE_S
+from mycel.node.handover import OUTPUTS, PATIENCE_S
 from mycel.node.hop_service import OPENING_PATIENCE_S, HopService
 from mycel.node.kv_budget import KVBudget
 from mycel.protocols import ids
 from mycel.protocols.codec import handover_codec, ring_codec, session_codec
 from mycel.protocols.errors import PeerRefused
-from mycel.protocols.hop import OutputLog
+from mycel.protocols.hop import MAX_STEP_TOKENS, OutputLog
 from mycel.protocols.messages import (
     AskProgress,
     Attach,
@@ -586,7 +586,7 @@ def test_more_outputs_than_a_step_may_have_are_not_taken_at_once() -> None:
     async def scenario(rig: Rig) -> None:
         await waiting(rig, max_tokens=400)
         stream = await give(rig, GiveState(SESSION, 300, 300 * 5 * 16))
-        await send(stream, StatePart(OUTPUTS, 0), torch.zeros(OUTPUT_TOKENS + 1, HIDDEN))
+        await send(stream, StatePart(OUTPUTS, 0), torch.zeros(MAX_STEP_TOKENS + 1, HIDDEN))
         assert await ended(stream) != ""
         await rig.attach()
 

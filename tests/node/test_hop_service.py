@@ -7,9 +7,9 @@ import torch
 import trio
 
 from mycel.node.hop_service import ATTACH_PATIENCE_S, OPENING_PATIENCE_S, HopLimits
-from mycel.node.hop_session import PREFILL_CHUNK_TOKENS
 from mycel.protocols import ids
 from mycel.protocols.codec import ring_codec, session_codec
+from mycel.protocols.hop import MAX_STEP_TOKENS
 from mycel.protocols.messages import (
     Attach,
     Generation,
@@ -320,8 +320,8 @@ WRONG_STEPS = {
     "no tokens": ((Step(0, ()), to_wire(torch.zeros(0, HIDDEN))), "without tokens"),
     "too many tokens at all": (inputs(0, 41), "in a session of 40"),
     "too many at once": (
-        (Step(0, ()), to_wire(torch.zeros(PREFILL_CHUNK_TOKENS + 1, HIDDEN))),
-        f"{PREFILL_CHUNK_TOKENS} are allowed",
+        (Step(0, ()), to_wire(torch.zeros(MAX_STEP_TOKENS + 1, HIDDEN))),
+        f"{MAX_STEP_TOKENS} are allowed",
     ),
     "another width": ((Step(0, ()), to_wire(torch.zeros(1, HIDDEN + 1))), "of shape"),
     "another dtype": ((Step(0, ()), to_wire(torch.zeros(1, HIDDEN, dtype=torch.bfloat16))), "of shape"),

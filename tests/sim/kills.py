@@ -124,8 +124,7 @@ def walk(
         walks.append(Walk(world.log, heard, error, ended_s, swarm.left_over(), names))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mycel.node.hop_session.PREFILL_CHUNK_TOKENS", CHUNK_TOKENS)
-        patch.setattr("mycel.node.handover.OUTPUT_TOKENS", CHUNK_TOKENS)
+        patch.setattr("mycel.protocols.hop.MAX_STEP_TOKENS", CHUNK_TOKENS)
         # The toy's state is always small: what a link carries decides all the same.
         patch.setattr("mycel.swarm.handover.SMALL_STATE_BYTES", 0)
         run_world(seed, scenario, options=WorldOptions(link=LinkFaults(latency_s=LATENCY_S)), limit_s=600.0)

@@ -165,7 +165,7 @@ def test_a_long_prompt_that_makes_progress_is_left_alone() -> None:
         assert trio.current_time() > 40.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mycel.node.hop_session.PREFILL_CHUNK_TOKENS", 8)
+        patch.setattr("mycel.protocols.hop.MAX_STEP_TOKENS", 8)
         run_world(1, scenario, options=FAST)
 
 
@@ -212,7 +212,7 @@ def test_a_loss_in_the_middle_of_the_prompt_says_how_far_it_had_got() -> None:
         assert 0 < outcome.routes[1].position < len(LONG)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mycel.node.hop_session.PREFILL_CHUNK_TOKENS", 8)
+        patch.setattr("mycel.protocols.hop.MAX_STEP_TOKENS", 8)
         run_world(1, scenario, options=FAST)
 
 

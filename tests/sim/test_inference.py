@@ -229,7 +229,7 @@ def lose_at_times(seed: int, losses: list[tuple[float, str, int]], sampling: Sam
         losing.check(outcome, expected_tokens(prompt, 12, sampling))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mycel.node.hop_session.PREFILL_CHUNK_TOKENS", 8)
+        patch.setattr("mycel.protocols.hop.MAX_STEP_TOKENS", 8)
         run_world(seed, scenario, options=LOSSY_LINKS)
 
 

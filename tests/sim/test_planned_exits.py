@@ -144,7 +144,7 @@ def test_one_of_four_leaves_and_two_take_its_place() -> None:
         world.add_node("client")
         run = Run(swarm, HOT, 60)
         await run({4: lambda: run.exits.leave("b")})
-        assert (run.lost, run.moved) == ([], run.exits.peers)
+        assert (run.lost, run.moved) == ([], run.exits.peers), [route.lost for route in run.outcome.routes]
         assert [swarm.name_of(hop) for hop in run.outcome.routes[-1].hops] == ["a", "x", "y", "c"]
 
     run_world(1, scenario, options=FAST)
@@ -193,10 +193,10 @@ def test_a_hop_leaves_in_the_middle_of_a_long_prompt() -> None:
 
         world.nursery.start_soon(leave)
         await run({})
-        assert (run.lost, run.moved) == ([], run.exits.peers)
+        assert (run.lost, run.moved) == ([], run.exits.peers), [route.lost for route in run.outcome.routes]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mycel.node.hop_session.PREFILL_CHUNK_TOKENS", 8)
+        patch.setattr("mycel.protocols.hop.MAX_STEP_TOKENS", 8)
         for index in range(4):
             run_world(index, scenario, options=FAST)
 
@@ -364,7 +364,7 @@ def test_a_successor_that_comes_no_further_is_given_up(monkeypatch: pytest.Monke
             swarm.serve("c2", 2, 4)
 
         await run({7: leave})
-        assert (run.lost, run.moved) == ([], run.exits.peers)
+        assert (run.lost, run.moved) == ([], run.exits.peers), [route.lost for route in run.outcome.routes]
         assert swarm.name_of(run.outcome.routes[-1].hops[1]) == "c2"
         assert run.outcome.longest_gap_s < 1.0
 
