@@ -33,8 +33,8 @@ STAGES: dict[str, tuple[tuple[str, ...], ...]] = {
     "imports": ((str(Path(PYTHON).with_name("lint-imports")),),),
     "fast": ((*PYTEST, "-m", "not slow", "-n", "2", "--dist", "worksteal", NOT_FUZZ, "tests"),),
     "fuzz": ((*PYTEST, "tests/fuzz"),),
-    # One at a time: these start processes of their own and would measure each other.
-    "slow": ((*PYTEST, "-m", "slow", "--durations=15", NOT_FUZZ, "tests"),),
+    # Two at a time, though many start processes of their own: most of their time they wait, and none asserts a speed.
+    "slow": ((*PYTEST, "-m", "slow", "-n", "2", "--dist", "worksteal", "--durations=15", NOT_FUZZ, "tests"),),
     "packages": ((*PYTEST, "tests/packaging"),),
 }
 # libp2p depends on trio-typing, whose stubs of 2022 hide the types that these packages carry today.

@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -156,6 +157,15 @@ def blocks(value: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+class Number(click.FloatRange):
+    """A number in a range, which "nan" is not: no comparison keeps it out."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isnan(number := super().convert(value, param, ctx)):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
+
+
 def size_bytes(value: str) -> int:
     """A number of bytes, written 800MB, 8GB or 8GiB."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?I?)B?", value.strip().upper())
@@ -176,7 +186,7 @@ def invite_option(command: F) -> F:
 def timeout_option(command: F) -> F:
     return click.option(
         "--timeout",
-        type=click.FloatRange(0.1, 86400),
+        type=Number(0.1, 86400),
         default=60.0,
         show_default=True,
         metavar="SECONDS",

@@ -14,7 +14,7 @@ from typing import Any
 import click
 import msgspec
 
-from mycel.cli.common import F
+from mycel.cli.common import F, Number
 from mycel.protocols.messages import SamplingParams
 
 _FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -23,21 +23,19 @@ _MAX_CONFIG_BYTES = 1 << 20
 _OPTIONS = (
     click.option(
         "--temperature",
-        type=click.FloatRange(0, 100),
+        type=Number(0, 100),
         help="0: always the likeliest token. Higher: more variety. [default: what the model recommends, else 0]",
     ),
     click.option("--top-k", type=click.IntRange(0, 2**31 - 1), help="Choose among the K likeliest tokens; 0: all."),
     click.option(
         "--top-p",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=Number(0, 1, min_open=True),
         help="Choose among the likeliest tokens that together have this probability.",
     ),
-    click.option(
-        "--min-p", type=click.FloatRange(0, 1), help="Leave out tokens less likely than this times the likeliest one."
-    ),
+    click.option("--min-p", type=Number(0, 1), help="Leave out tokens less likely than this times the likeliest one."),
     click.option(
         "--repetition-penalty",
-        type=click.FloatRange(0, 100, min_open=True),
+        type=Number(0, 100, min_open=True),
         help="Make tokens that were there already less likely; 1: not at all.",
     ),
     click.option(

@@ -20,6 +20,7 @@ import trio
 
 from mycel.cli.common import (
     F,
+    Number,
     blocks,
     cores,
     data_dir_option,
@@ -143,7 +144,7 @@ _OPTIONS = (
     click.option("--shape", default="", hidden=True, help="Make every link worse; used by `mycel up`."),
     click.option(
         "--leave",
-        type=click.FloatRange(0, 3600),
+        type=Number(0, 3600),
         default=30.0,
         show_default=True,
         metavar="SECONDS",
@@ -164,7 +165,7 @@ _OPTIONS = (
     ),
     click.option(
         "--ttl",
-        type=click.FloatRange(2, 3600),
+        type=Number(2, 3600),
         default=30.0,
         show_default=True,
         metavar="SECONDS",
@@ -172,7 +173,7 @@ _OPTIONS = (
     ),
     click.option(
         "--invite-days",
-        type=click.FloatRange(0.001, 3650),
+        type=Number(0.001, 3650),
         default=7.0,
         show_default=True,
         metavar="DAYS",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import trio
 
-from mycel.cli.common import cache_dir, data_dir_option, find_invite, invite_option, write
+from mycel.cli.common import Number, cache_dir, data_dir_option, find_invite, invite_option, write
 
 if TYPE_CHECKING:
     from mycel.node.client import Model
@@ -38,7 +38,7 @@ class Status:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(0.1, 3600),
+    type=Number(0.1, 3600),
     default=30.0,
     show_default=True,
     metavar="SECONDS",

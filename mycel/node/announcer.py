@@ -23,17 +23,20 @@ OVERHEAD_S = 0.001
 
 @dataclass(frozen=True, slots=True)
 class Announcer:
-    """Announces what `describe` says; `ttl_s` is how long a dead node stays in the directory."""
+    """Announces what `describe` says, if it says something; `ttl_s` is how long a dead node stays in the directory."""
 
     directory: Directory
-    describe: Callable[[], Announcement]
+    describe: Callable[[], Announcement | None]
     event: EventSink
     ttl_s: float = TTL_S
 
     async def say(self) -> int:
         """Announce now; the number of holders, 0 if nobody could be told (which is an event, and no error)."""
+        said = self.describe()
+        if said is None:
+            return 0
         try:
-            return await self.directory.announce(self.describe(), self.ttl_s)
+            return await self.directory.announce(said, self.ttl_s)
         except PeerError as error:
             self.event("announce.failed", reason=str(error))
             return 0

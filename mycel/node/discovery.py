@@ -8,14 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import trio
+
 from mycel.dht.directory import Directory
 from mycel.node.announcer import Announcer
 from mycel.node.events import EventSink
 from mycel.node.mdns import open_mdns
 from mycel.node.network import Network
 from mycel.node.station import Station
-from mycel.protocols.errors import ConfigError, PeerError
+from mycel.protocols.errors import ConfigError, LocalProtocolError, PeerError
 from mycel.protocols.messages import PeerAddress
+
+LAST_WORD_S = 2.0
 
 
 async def meet_neighbours(network: Network, event: EventSink, interfaces: Sequence[str] | None = None) -> None:
@@ -48,6 +52,10 @@ async def announce_in_hivemind(initial: Sequence[str], station: Station, ttl_s: 
         ):
             directory = Directory(records, network.identity, time.time)
             event("hivemind.announcing", members=" ".join(records.addresses))
-            await Announcer(directory, station.describe, event, ttl_s).run()
-    except (ConfigError, PeerError) as error:
+            try:
+                await Announcer(directory, station.describe, event, ttl_s).run()
+            finally:
+                with trio.CancelScope(shield=True), trio.move_on_after(LAST_WORD_S):
+                    await directory.withdraw(station.model.swarm)
+    except (ConfigError, PeerError, LocalProtocolError) as error:  # the last: its process has ended, ours need not
         event("hivemind.off", reason=str(error))

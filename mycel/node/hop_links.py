@@ -69,6 +69,10 @@ class Link:
     _work: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _more: trio.Event = field(default_factory=trio.Event, init=False)
 
+    def leads(self, address: PeerAddress, number: int) -> bool:
+        """Whether it can be the link `number` to that peer: one that was lost has to be laid anew."""
+        return not self.lost and (self.address.peer, self.number) == (address.peer, number)
+
     async def push(self) -> None:
         """There is a new output: give it now, or leave it to the link's own task."""
         if self._inline:
@@ -117,6 +121,8 @@ class Link:
             with trio.CancelScope() as self._work:
                 while not self.lost and (output := self.cursor.pending()) is not None:
                     if self._ended:
+                        # Its session is over, or it was told of another link before we were: Relink is on its way.
+                        await trio.sleep(REATTACH_PATIENCE_S)
                         await self._lose("ended the link")
                     elif self._stream is None:
                         await self._attach()
@@ -249,7 +255,7 @@ class Outbound:
         old: list[Link] = []
         if self.main is None or self.main.number != number:
             old += [self.main] if self.main is not None else []
-            if self.spare is not None and (self.spare.address.peer, self.spare.number) == (following.peer, number):
+            if self.spare is not None and self.spare.leads(following, number):
                 self.main, self.spare = self.spare, None
                 self.main.promote()
             else:

@@ -36,6 +36,8 @@ OPENING_PATIENCE_S = 10.0
 ATTACH_PATIENCE_S = 30.0
 # Links that the client has not announced yet wait as long as the session lives: a successor is filled in its own time.
 MAX_EARLY_LINKS = 8
+# For sessions that were ended to be gone: a step on the compute thread is waited for.
+CLOSING_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,18 @@ class HopService:
         with trio.move_on_after(within_s):
             while self.sessions:
                 await self._changed.wait()
+
+    async def close(self, reason: str) -> None:
+        """End what is left, and let go of the blocks, of which the next ones may need the memory."""
+        for session in list(self.sessions.values()):
+            session.end(reason)
+        with trio.move_on_after(CLOSING_S):
+            while self.sessions:
+                await self._changed.wait()
+        # In place of handlers that hold this service, and with it the blocks.
+        self.transport.serve(ids.SESSION, _refuse)
+        self.transport.serve(ids.RING, _end)
+        self.transport.serve(ids.HANDOVER, _end)
 
     async def departure(self) -> float:
         """Wait until this node leaves; the seconds that are left then."""
@@ -213,6 +227,14 @@ async def _in_time(stream: Stream, patience_s: float) -> memoryview:
             raise RemoteProtocolError("ended the stream before its first message", stream.peer)
         return frame
     raise PeerTimeout(stream.peer, f"opened a stream and said nothing for {patience_s:.0f} s")
+
+
+async def _refuse(stream: Stream) -> None:
+    await stream.send(*session_codec.encode(HopRefused("this node serves no blocks at the moment")))
+
+
+async def _end(_: Stream) -> None:
+    """A handler that returns ends its stream."""
 
 
 async def _first_message(stream: Stream) -> OpenHop:

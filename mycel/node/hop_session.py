@@ -47,6 +47,8 @@ from mycel.protocols.wire import WireTensor
 if TYPE_CHECKING:
     from mycel.node.hop_service import HopService
 
+MAX_TIMINGS = 256  # in one message
+
 
 @dataclass(eq=False, slots=True)
 class HopSession:
@@ -221,6 +223,9 @@ class HopSession:
             return message.position, torch.tensor([message.token], dtype=torch.int64), ()
         if not isinstance(message, Step) or len(tensors) != 1:
             raise RemoteProtocolError("a later hop takes one tensor of hidden states")
+        if len(message.timings) > min(self.machine.opening.start, MAX_TIMINGS - 1):
+            # Each hop before us has a block at least; with ours, too many would make *us* break the rules.
+            raise RemoteProtocolError(f"{len(message.timings)} timings before block {self.machine.opening.start}")
         hidden_TD = from_wire(tensors[0])
         if hidden_TD.ndim != 2 or hidden_TD.shape[1] != span.hidden_size or hidden_TD.dtype != span.dtype:
             raise RemoteProtocolError(f"hidden states of shape {tuple(hidden_TD.shape)} and {hidden_TD.dtype}")

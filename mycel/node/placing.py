@@ -31,7 +31,7 @@ from mycel.swarm.claims import SETTLE_S, must_yield
 from mycel.swarm.placement import capacity_blocks, choose_span, judge, show_bytes
 from mycel.swarm.rebalance import Move, Rebalancer, pause_s
 from mycel.swarm.view import View
-from mycel.swarm.watch import SwarmWatch
+from mycel.swarm.watch import REFRESH_S, SwarmWatch
 
 # Of the memory that is free now; the rest is for activations, buffers and whoever else uses the machine.
 MEMORY_SHARE = 0.7
@@ -44,6 +44,9 @@ DEFAULT_BYTES_PER_S = 5e6
 # Enough for sessions that never needed the missing blocks.
 REPAIR_LEAVE_S = 2.0
 _SETTLE_LOOKS = 6
+# A newcomer whose bootstrap peers are busy asks again: a choice made blindly is made for long.
+_LOOKS = 4
+_LOOK_AGAIN_S = 2.0
 
 
 @dataclass(eq=False, slots=True)
@@ -60,6 +63,7 @@ class Placing:
     rng: Random = field(default_factory=Random)
     capacity: int = field(default=0, init=False)
     _said: str = field(default="", init=False)
+    _told: set[str] = field(default_factory=set, init=False)  # since the last move
 
     @property
     def me(self) -> str:
@@ -72,21 +76,31 @@ class Placing:
             _demand_memory(self.config, self.model, start, end)
             self.say(f"blocks {start}:{end}, as asked")
             self.station.claim(start, end)
-            await self._fetch(await self.watch.view(fresh=True), start, end)
+            await self.announcer.say()
+            await self._fetch(await self._look(), start, end)
             return
         self.capacity = _capacity(self.config, self.model, self.say)
         for choice in range(1, MAX_CHOICES + 1):
-            before = (await self.watch.view(fresh=True)).without({self.me})
+            before = (await self._look()).without({self.me})
             start, end = self._choose(before)
             self.station.claim(start, end)
             await self.announcer.say()
+            await self._fetch(before, start, end)
             if not before.peers:
                 break  # we found the swarm: who else could have chosen?
-            await self._fetch(before, start, end)
             reason = must_yield(await self.watch.view(fresh=True), self.me, before, bytes_per_token=self._token_bytes)
             if reason is None or choice == MAX_CHOICES:
                 break
             self.say(reason)
+
+    async def _look(self) -> View:
+        """The swarm now. Where we were invited there is somebody: if nobody is seen, none has answered in time."""
+        for _ in range(_LOOKS):
+            view = await self.watch.view(fresh=True)
+            if self.config.invite is None or view.without({self.me}).peers:
+                break
+            await trio.sleep(_LOOK_AGAIN_S)
+        return view
 
     async def rebalance(self) -> None:
         """Look for ever whether the swarm needs this node elsewhere, and go there."""
@@ -94,19 +108,42 @@ class Placing:
             return
         rebalancer = Rebalancer(self.me, self.capacity, trio.current_time(), self._token_bytes)
         while True:
-            urgent = bool((await self.watch.view()).staying().missing())
-            await trio.sleep(pause_s(self.rng, self.config.rebalance_s, urgent=urgent))
+            await self._pause()
             try:
                 view = await self.watch.view(fresh=True)
                 decide = partial(rebalancer.decide, view, trio.current_time(), download_s=self._download_s(view))
                 decision = await trio.to_thread.run_sync(decide)  # in a large swarm it takes a quarter of a second
                 if isinstance(decision, Move):
                     await self._move(rebalancer, decision, view)
-                elif decision.reason != self._said:
-                    self._said = decision.reason
-                    self.station.event("node.stays", reason=decision.reason)
+                else:
+                    self._stays(decision.reason)
             except (ConfigError, PeerError, RouteUnavailable) as error:
+                if self.station.service is None:
+                    raise  # neither the new blocks nor the old ones can be loaded: it is of no use here
                 self.station.event("node.stays", reason=f"no move: {error}")
+                self._tell(f"stays after all: {error}")
+                await self.announcer.say()
+
+    async def _pause(self) -> None:
+        """Until the next look, which is soon once blocks are missing: that may begin at any time."""
+        period_s, began, urgent = self.config.rebalance_s, trio.current_time(), False
+        until_s = began + pause_s(self.rng, period_s, urgent=False)
+        while trio.current_time() < until_s:
+            if not urgent and (await self.watch.view()).staying().missing():
+                urgent = True
+                until_s = min(until_s, trio.current_time() + pause_s(self.rng, period_s, urgent=True))
+            await trio.sleep(min(REFRESH_S, max(0.0, until_s - trio.current_time())))
+
+    def _tell(self, text: str) -> None:
+        """To the person at the terminal, once: what cannot be done now is tried every few seconds."""
+        if text not in self._told:
+            self._told.add(text)
+            self.say(text)
+
+    def _stays(self, reason: str) -> None:
+        if reason != self._said:
+            self._said = reason
+            self.station.event("node.stays", reason=reason)
 
     @property
     def _token_bytes(self) -> float:
@@ -161,7 +198,8 @@ class Placing:
 
     async def _move(self, rebalancer: Rebalancer, move: Move, before: View) -> None:
         """Say where we go and fetch it while the old blocks are served; go there unless another was first."""
-        self.say(move.reason)
+        self._tell(move.reason)
+        home = self.station.claimed
         self.station.claim(move.start, move.end)
         try:
             await self.announcer.say()
@@ -181,9 +219,18 @@ class Placing:
         self.station.event("node.moving", blocks=f"{move.start}:{move.end}", reason=move.reason)
         # While blocks are missing no session goes on, and none can be handed over: they wait for this very move.
         whole = not before.staying().missing()
+        self.station.retire()
+        await self.announcer.say()  # no client needs to be refused first
         await self.station.close(self.config.leave_s if whole else min(self.config.leave_s, REPAIR_LEAVE_S))
-        await self.station.open()
+        try:
+            await self.station.open()
+        except ConfigError:
+            self.station.claim(*home)
+            rebalancer.went_back()
+            await self.station.open()
+            raise
         await self.announcer.say()
+        self._told.clear()
         self.say(f"serving blocks {move.start}:{move.end}")
 
     async def _settle(self, before: View, until_s: float) -> str | None:

@@ -85,10 +85,11 @@ async def run_node(
         announcer = Announcer(network.directory, station.describe, event, config.ttl_s)
         watch = SwarmWatch(network.directory, model.swarm, model.info.n_blocks, time.time)
         placing = Placing(config, model, store, watch, station, announcer, say)
-        await placing.join()
-        await station.open()
         async with background() as tasks:
-            await tasks.start(announcer.run)
+            tasks.start_soon(announcer.run)  # from the first: a download takes longer than an announcement lives
+            await placing.join()
+            await station.open()
+            await announcer.say()
             tasks.start_soon(watch.run)
             if config.hivemind_dht:
                 tasks.start_soon(announce_in_hivemind, config.hivemind_dht, station, config.ttl_s)

@@ -66,19 +66,26 @@ class Station:
         service.start()
         self.span, self.service, self.block_time_s = span, service, span.block_time_s
 
+    def retire(self) -> None:
+        """Admit no more sessions, and say so from now on; those that are there go on."""
+        if self.service is not None:
+            self.service.leaving = True
+
     async def close(self, within_s: float) -> None:
-        """Hand over all sessions, for at most `within_s`, and let go of the blocks."""
-        service, self.service = self.service, None
-        if service is not None:
-            await service.leave(within_s)
-            for session in list(service.sessions.values()):
-                session.end("this node leaves")
-        self.span = None
+        """Hand over all sessions, for at most `within_s`, and let go of the blocks. Cancelled, it can be repeated."""
+        self.retire()
+        if self.service is not None:
+            await self.service.leave(within_s)
+            await self.service.close("this node leaves")
+        self.service = self.span = None
         await self.compute.run(release_free_memory)
 
-    def describe(self) -> Announcement:
-        """What there is to say now."""
-        transport, service, span = self.network.transport, self.service, self.span
+    def describe(self) -> Announcement | None:
+        """What there is to say now; nothing before blocks were claimed."""
+        if self.claimed[0] == self.claimed[1]:
+            return None
+        transport, span = self.network.transport, self.span
+        service = self.service if self.service is not None and not self.service.leaving else None
         rtts = ((peer, rtt) for peer in sorted(transport.connected()) if (rtt := transport.rtt_s(peer)) is not None)
         free, total, sessions = 0, self.config.kv_tokens, 0
         (start, end), moving_to = self.claimed, None

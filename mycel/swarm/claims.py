@@ -30,6 +30,9 @@ def must_yield(view: View, me: str, before: View, *, bytes_per_token: float = 0.
     serves, and once more when SETTLE_S have passed since it announced its choice, before anything old is given up.
     """
     home = before.peers.get(me)
+    if me not in view.peers:  # cut off, or asleep for too long: nobody knows where it is going
+        moves = home is not None and home.serving
+        return f"{'goes back' if moves else 'chooses again'}: its announcement has ended"
     if home is not None and home.serving:
         return _mover_must_yield(view, me, before, (home.start, home.end))
     return _newcomer_must_yield(view, me, before, bytes_per_token)

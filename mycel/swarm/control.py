@@ -26,6 +26,8 @@ from mycel.protocols.ports import Stream
 from mycel.swarm.routing import Hop
 
 CLOSE_PATIENCE_S = 2.0
+# A hop that takes nothing from its control stream for so long keeps the session waiting, whatever it says.
+SPEAK_PATIENCE_S = 5.0
 
 Said = Sampled | HopFailed | Progress | Leaving | HandedOver
 
@@ -60,8 +62,11 @@ class Control:
     async def tell(self, message: Relink | AskProgress | HandOver) -> None:
         """Say something to the hop; if it cannot be heard any more, it is lost, and its listener says so, too."""
         try:
-            async with self._speaking:
-                await self.stream.send(*session_codec.encode(message))
+            with trio.move_on_after(SPEAK_PATIENCE_S) as patience:
+                async with self._speaking:
+                    await self.stream.send(*session_codec.encode(message))
+            if patience.cancelled_caught:
+                self.lost = self.lost or f"took no message for {SPEAK_PATIENCE_S:.0f} s"
         except PeerError as error:
             self.lost = self.lost or error.reason
         except LocalProtocolError:
@@ -91,6 +96,10 @@ class Control:
     def answered(self, progress: Progress) -> None:
         """It said how far it is."""
         self.received, self.n_answers = max(self.received, progress.received), self.n_answers + 1
+
+    def n_known(self, n_prompt: int) -> int:
+        """How many tokens this first hop has for certain: those of the prompt it was opened with, before any answer."""
+        return max(self.received + 1, n_prompt)
 
     async def abandon(self) -> None:
         """Let go of the hop at once; nobody may still be receiving from its stream then."""

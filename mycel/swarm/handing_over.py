@@ -64,6 +64,11 @@ class HandingOver:
     def leavers(self) -> Sequence[Control]:
         return self.controls[self.stretch.start : self.stretch.stop]
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the successors can take over: they may have failed since they had caught up."""
+        return bool(self.outcome) and self._failure is None
+
     async def run(self, nursery: trio.Nursery, heard: trio.MemorySendChannel[Heard]) -> None:
         """Bring successors to where they can take over, and wake whoever hears."""
         try:
@@ -108,6 +113,8 @@ class HandingOver:
             self._failure = self._failure or PeerUnreachable(what.peer, what.reason)
         elif isinstance(what, Progress) and self.successors and control is self.successors[-1]:
             self._received = max(self._received, what.received)
+        elif isinstance(what, Progress) and control is self.controls[0]:
+            pass  # `_history` may wait for it; what it says stands in the control
         elif isinstance(what, HandedOver) and control in self.leavers:
             self._handed = what
         else:
@@ -159,8 +166,7 @@ class HandingOver:
         self.plan = mend(hops, links, self.stretch, chain.hops, self.recruiter.new_link())
         if len(chain.hops) == len(self.stretch) == 1 and not self.leavers[0].gave:
             self._giver = self.leavers[0].peer  # one peer takes over from one: a state can only be given whole
-        first = self.controls[0]
-        n_history = first.received + 1 if first.moved_in and self.plan.opened[0] else None
+        n_history = await self._history()
         opened = await self.recruiter.open_all(self.plan, self.tokens, n_history=n_history, giver=self._giver)
         if opened is None:
             return False
@@ -168,6 +174,21 @@ class HandingOver:
         for control in opened:
             nursery.start_soon(control.listen, heard)
         return True
+
+    async def _history(self) -> int | None:
+        """How many tokens a new last hop is told, as in a mend: no more than a first hop that moved in has for certain.
+
+        None: all, or there is no new last hop. An old answer would do, too, but who is told less has to sample more.
+        """
+        first = self.controls[0]
+        if not first.moved_in or not self.stretch.start or self.stretch.stop < len(self.controls):
+            return None
+        n_answers = first.n_answers
+        await first.tell(AskProgress())
+        with trio.move_on_after(POLL_S):
+            while first.n_answers == n_answers:
+                await self._hear_more()
+        return first.n_known(len(self.recruiter.request.prompt))
 
     async def _give(self) -> str:
         """Have the leaver give its state; how that went, as it says. A second attempt goes without."""

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
+from mycel.protocols.hop import MAX_STEP_TOKENS
 from mycel.protocols.messages import HopTiming, Progress
 from mycel.swarm.view import short_id
 
@@ -27,7 +28,6 @@ PATIENT_ROUND_TRIPS = 4.0
 LATE_S = 0.5
 LEAST_STUCK_S = 10.0
 STUCK_STEPS = 5.0
-MAX_STEP_TOKENS = 256
 # A chunk of hidden states on a slow uplink: 16 KiB a token at 330 kB/s. As long, its link is not held up.
 LINK_S_PER_TOKEN = 0.05
 
@@ -60,7 +60,8 @@ Verdict = Ask | Lost | Relay
 class _Hop:
     """What is known of one hop. `owed_since_s`: when the oldest question was asked that it has not answered.
 
-    `before`: how far it was certainly before the step that it may be in; `high`: the furthest that it ever said.
+    `before`: how far it was certainly before the step that it may be in; `high`: the furthest that it ever said;
+    `busy_from_s`: when it was first heard to be in the step of its last answer.
     """
 
     peer: str
@@ -70,6 +71,7 @@ class _Hop:
     answer: Progress = field(default_factory=lambda: Progress(0, 0))
     before: int = 0
     high: int = 0
+    busy_from_s: float = inf
 
     @property
     def busy(self) -> bool:
@@ -143,6 +145,8 @@ class Liveness:
                 continue
             if answer.received > hop.answer.received:
                 hop.before = max(hop.before, hop.answer.received)
+            if not hop.busy or answer.received != hop.answer.received:
+                hop.busy_from_s = now
             if answer.received > hop.high:
                 hop.high, self.progress_at_s = answer.received, now
             hop.answer, hop.answered_s, hop.owed_since_s = answer, now, None
@@ -194,7 +198,9 @@ class Liveness:
         for hop in self._hops:
             n_tokens = min(max(hop.answer.received - hop.before, 1), MAX_STEP_TOKENS)
             bound_s = max(LEAST_STUCK_S, STUCK_STEPS * self._longest_step_s, STUCK_STEPS * n_tokens * hop.step_s)
-            busy_s = hop.answer.busy_us / 1e6
+            if not hop.busy:
+                continue
+            busy_s = max(hop.answer.busy_us / 1e6, hop.answered_s - hop.busy_from_s)  # not only by its own clock
             if busy_s > bound_s:
                 found.append(Lost(hop.peer, f"stuck in one step for {busy_s:.0f} s"))
         return found

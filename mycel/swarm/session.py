@@ -24,7 +24,7 @@ from mycel.protocols.errors import MycelError, PeerError, PeerTimeout, RemotePro
 from mycel.protocols.messages import AskProgress, HopFailed, Leaving, Progress, Sampled
 from mycel.protocols.ports import Transport
 from mycel.swarm.chain import mend, relaid
-from mycel.swarm.control import Heard, abandon_all, dismiss_all
+from mycel.swarm.control import Control, Heard, Said, abandon_all, dismiss_all
 from mycel.swarm.generation import NewToken, Request, RouteChosen, SessionEvent
 from mycel.swarm.handing_over import HandingOver
 from mycel.swarm.liveness import Ask, Lost, Relay
@@ -119,10 +119,8 @@ class InferenceSession:
         await self._take_in(heard)
 
     async def _take_in(self, heard: Heard) -> None:
-        control, what = heard.control, heard.what
+        control, what = heard.control, self._checked(heard)
         in_chain = control in self._chain.controls
-        if isinstance(what, Progress):
-            control.answered(what)
         if self._exit is not None and self._exit.hear(control, what) and not in_chain:
             return
         succeeds = self._exit is not None and control in self._exit.successors
@@ -132,7 +130,7 @@ class InferenceSession:
             if isinstance(what, Leaving):
                 control.leaving = True
             elif isinstance(what, Sampled):
-                await self._take_token(what)
+                await self._take_token(control, what)
             elif isinstance(what, Progress):
                 self._chain.liveness.answered(trio.current_time(), control.peer, what)
             elif isinstance(what, HopFailed):
@@ -145,15 +143,35 @@ class InferenceSession:
             elif self._exit is not None:
                 self._exit.hear(control, error)
 
-    async def _take_token(self, sampled: Sampled) -> None:
+    def _checked(self, heard: Heard) -> Said | PeerError | None:
+        """What was said; an answer that no hop of this session can give is a broken rule."""
+        what = heard.what
+        if isinstance(what, Progress):
+            if what.received > self.request.max_tokens:
+                reason = f"is at position {what.received} of {self.request.max_tokens}"
+                return RemoteProtocolError(reason, heard.control.peer)
+            heard.control.answered(what)
+        return what
+
+    async def _take_token(self, control: Control, sampled: Sampled) -> None:
         """Pass a token on if it is new, whoever comes first: the last hop, or one that is about to take its place."""
+        if control.hop.end != self._chain.controls[-1].hop.end:
+            raise RemoteProtocolError("sent a token, and is not the last hop")
         if sampled.position < len(self.tokens):
             return  # a new last hop may repeat what another had delivered
         if sampled.position > len(self.tokens):
             raise RemoteProtocolError(f"token for position {sampled.position}, expected {len(self.tokens)}")
         if sampled.token >= self.request.vocab_size:
             raise RemoteProtocolError(f"token {sampled.token} of a vocabulary of {self.request.vocab_size}")
+        if sampled.finish != self._finish(sampled):
+            raise RemoteProtocolError(f"finish {sampled.finish!r} with token {sampled.token} at {sampled.position}")
         await self._pass_on(sampled)
+
+    def _finish(self, sampled: Sampled) -> str:
+        """What the last hop has to say of a token: where a generation ends is not for it to choose."""
+        if sampled.token in self.request.eos_token_ids:
+            return "stop"
+        return "length" if sampled.position + 1 >= self.request.max_tokens else ""
 
     async def _pass_on(self, sampled: Sampled) -> None:
         now = trio.current_time()
@@ -199,7 +217,7 @@ class InferenceSession:
     async def _hand_over(self) -> None:
         """Go on with the replacement of hops that leave: switch if successors are ready, begin if there is none."""
         if self._exit is not None and self._exit.outcome is not None:
-            if self._exit.outcome:
+            if self._exit.is_ready:
                 await self._switch(self._exit)
             else:
                 self._exits_failed += 1
@@ -215,8 +233,10 @@ class InferenceSession:
         plan, leavers = exit_.switching(), list(exit_.leavers)
         for control in exit_.successors:
             control.moved_in = True
-        await self._chain.splice(exit_.stretch, exit_.successors, plan)
-        self._nursery.start_soon(dismiss_all, leavers)
+        try:
+            await self._chain.splice(exit_.stretch, exit_.successors, plan)
+        finally:
+            self._nursery.start_soon(dismiss_all, leavers)  # nobody else knows of them any more
         reason = f"left: {exit_.outcome}"
         moved = tuple((control.peer, reason) for control in leavers)
         names = " and ".join(short_id(control.peer) for control in exit_.successors)
@@ -243,12 +263,19 @@ class InferenceSession:
             try:
                 part, chain = await self._choose(stretch, fresh=fresh)
             except RouteUnavailable as error:
-                if trio.current_time() >= max(began_s, self._progress_at_s) + self.request.patience_s:
+                if self._is_impatient(began_s):
                     raise self._recruiter.unavailable(error) from None
                 await self._rest()
                 fresh = True
                 continue
             fresh = not await self._replace(part, chain)
+            if fresh and self._is_impatient(began_s):
+                tried = self._recruiter.failures.told()
+                raise PeerTimeout("", f"no chain was opened in {self.request.patience_s:.0f} s; tried {tried}")
+
+    def _is_impatient(self, began_s: float) -> bool:
+        """Whether a mend that began then, and has come to nothing yet, has to end the session."""
+        return trio.current_time() >= max(began_s, self._progress_at_s) + self.request.patience_s
 
     async def _hear_all_there_is(self) -> None:
         """Losses come in company: whatever cut one hop off may have cut off others, whose listeners have their turn."""
@@ -321,4 +348,4 @@ class InferenceSession:
         await first.tell(AskProgress())
         while first.n_answers == n_answers and trio.current_time() < until_s and not first.lost:
             await self._hear(until_s)
-        return first.received + 1
+        return first.n_known(len(self.request.prompt))

@@ -13,7 +13,6 @@ import pytest
 import trio
 
 from mycel.node.client import Model, connect
-from mycel.node.libp2p_transport import TransportLimits
 from mycel.protocols.errors import RouteUnavailable
 from mycel.swarm.generation import NewToken, Request, SessionEvent
 from mycel.swarm.session import InferenceSession
@@ -100,7 +99,6 @@ def test_a_stopped_hop_is_replaced(nodes: Nodes, llama: Path, record_testsuite_p
     node.thaw()
     bounded(partial(eventually, lambda: len(node.events("session.closed")) == len(node.events("session.opened"))))
     assert run.trace.replaced[0].reason.startswith("silent for ")
-    assert run.longest_gap_s < TransportLimits().silence_s, "missed before its streams broke"
     record_testsuite_property("pause_ms_stopped_hop", round(run.longest_gap_s * 1e3))
 
 
@@ -113,7 +111,6 @@ def test_a_hop_that_leaves_hands_over(nodes: Nodes, llama: Path, record_testsuit
     run, left = generate_losing(nodes, {20: leave})
     assert run.tokens == reference(llama, PROMPT, len(run.tokens))
     assert (run.lost, run.moved) == ([], left)
-    assert run.longest_gap_s < 1.0
     record_testsuite_property("pause_ms_hop_that_leaves", round(run.longest_gap_s * 1e3))
 
 

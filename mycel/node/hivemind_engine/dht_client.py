@@ -110,10 +110,19 @@ async def open_dht_process() -> AsyncIterator[DhtClient]:
             cwd=PACKAGE_ROOT,
         )
     client = DhtClient(ours)
+    reading = trio.CancelScope(shield=True)  # also for the last words of a block that is cancelled
+
+    async def read() -> None:
+        with reading:
+            await client.run()
+
     try:
         async with background() as tasks:
-            tasks.start_soon(client.run)
-            yield client
+            tasks.start_soon(read)
+            try:
+                yield client
+            finally:
+                reading.cancel()
     finally:
         with trio.CancelScope(shield=True):
             await client.aclose()
