@@ -110,9 +110,7 @@ def _offer(send: trio.MemorySendChannel[PeerAddress], peer: PeerAddress) -> None
         send.send_nowait(peer)
 
 
-def _start(
-    service: Zeroconf, me: PeerAddress, found: Callable[[PeerAddress], None], closing: threading.Event
-) -> None:
+def _start(service: Zeroconf, me: PeerAddress, found: Callable[[PeerAddress], None], closing: threading.Event) -> None:
     """In a thread: announce and browse."""
     if sane(me).addresses:
         # The peer id is unique, so nobody else has the name; asking the network for it first would cost a second.
