@@ -254,8 +254,9 @@ class ChaosRun:
         else:
             await self._end(node, fault)
             await trio.sleep(fault.away_s)
-            if await self._bring_back(network, node):
-                nursery.start_soon(self._watch, node)
+            if not await self._bring_back(network, node):
+                return  # it stays away: the others that serve its blocks are to be spared
+            nursery.start_soon(self._watch, node)
         self._away.discard(fault.node)
         self._changed.set()
         self._changed = trio.Event()

@@ -17,8 +17,8 @@ from mycel.cli.serving import NodeOptions, node_options, serve
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    metavar="DIR",
-    help="The swarm's model, if this machine has it: spares the download.",
+    metavar="MODEL",
+    help="The swarm's model, if this machine has it (a directory, or ORG/NAME of a repository): spares the download.",
 )
 @node_options
 @click.pass_context

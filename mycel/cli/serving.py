@@ -101,7 +101,13 @@ class NodeOptions:
 
 
 _OPTIONS = (
-    click.option("--blocks", type=blocks, metavar="A:B", help="Serve these blocks, whatever the swarm needs."),
+    click.option(
+        "--blocks",
+        type=blocks,
+        metavar="A:B",
+        help="Serve these blocks, whatever the swarm needs. [default: where they help most, and elsewhere once others "
+        "have left]",
+    ),
     click.option("--max-blocks", type=click.IntRange(1), metavar="N", help="Serve at most so many blocks."),
     click.option(
         "--memory",
@@ -139,7 +145,7 @@ _OPTIONS = (
         type=click.Choice(["auto", "libp2p", "p2pd"]),
         default="auto",
         show_default=True,
-        help="The network engine. p2pd needs Linux and the extra mycel[hivemind].",
+        help="The network engine; auto is libp2p. p2pd needs Linux on x86-64 and the extra mycel[hivemind].",
     ),
     click.option("--shape", default="", hidden=True, help="Make every link worse; used by `mycel up`."),
     click.option(
@@ -237,16 +243,15 @@ class Ending:
         self.code = code
         self.stop.set()
         if not self.is_ready:
-            self.scope.cancel()  # nobody knows of us yet
+            self.scope.cancel()  # nobody uses us yet
 
     async def on_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
             task_status.started()
             async for number in signals:
                 if not self.supervised:
-                    say(
-                        "stopping at once" if self.stop.is_set() else "leaving the swarm (Ctrl-C again to stop at once)"
-                    )
+                    first = "leaving the swarm (Ctrl-C again to stop at once)" if self.is_ready else "stopping"
+                    say("stopping at once" if self.stop.is_set() else first)
                 self.ask(INTERRUPTED if number == signal.SIGINT else TERMINATED)
 
     async def when_parent_ends(self) -> None:

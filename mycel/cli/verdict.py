@@ -254,7 +254,7 @@ def verdict_rows(verdict: Verdict) -> list[tuple[str, str]]:
     if v.first_token:
         rows.append(("first token", str(v.first_token)))
     rows.append(("speed", f"{v.tokens_per_s:.1f} tokens/s over {v.seconds:.0f} s"))
-    rows.append(("lost", "nothing" if not v.failed and not v.tokens_different else f"{v.failed} requests"))
+    rows.append(("lost", f"{v.failed} request{'' if v.failed == 1 else 's'}" if v.failed else "no request"))
     return rows
 
 

@@ -6,6 +6,8 @@ Ring: shell.
 from __future__ import annotations
 
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import psutil
@@ -17,16 +19,17 @@ from mycel.node.announcer import Announcer
 from mycel.node.background import background
 from mycel.node.compute import DeviceCompute
 from mycel.node.config import NodeConfig
-from mycel.node.discovery import announce_in_hivemind, meet_neighbours
+from mycel.node.discovery import LAST_WORD_S, announce_in_hivemind, meet_neighbours
 from mycel.node.events import EventSink, Say
 from mycel.node.file_transfer import FileOptions
 from mycel.node.files import serve_files
 from mycel.node.model import find_model
 from mycel.node.model_store import ModelStore
-from mycel.node.network import open_network
+from mycel.node.network import Network, open_network
 from mycel.node.placing import Placing
 from mycel.node.speed import measure_block_s
 from mycel.node.station import Station
+from mycel.protocols.errors import PeerError
 from mycel.protocols.messages import PeerAddress
 from mycel.security.identity import load_or_create
 from mycel.swarm.invite import Invite, make_invite
@@ -85,7 +88,7 @@ async def run_node(
         announcer = Announcer(network.directory, station.describe, event, config.ttl_s)
         watch = SwarmWatch(network.directory, model.swarm, model.info.n_blocks, time.time)
         placing = Placing(config, model, store, watch, station, announcer, say)
-        async with background() as tasks:
+        async with _last_word(network, model.swarm), background() as tasks:
             tasks.start_soon(announcer.run)  # from the first: a download takes longer than an announcement lives
             await placing.join()
             await station.open()
@@ -105,9 +108,18 @@ async def run_node(
                 block_ms=round(station.block_time_s * 1e3, 3),
             )
             await stop.wait()
-        await network.directory.withdraw(model.swarm)
         await station.close(config.leave_s)
         event("node.left", peer=identity.peer_id)
+
+
+@asynccontextmanager
+async def _last_word(network: Network, swarm: bytes) -> AsyncIterator[None]:
+    """However the block ends, the directory is told that we leave: others count on who joins, too."""
+    try:
+        yield
+    finally:
+        with trio.CancelScope(shield=True), trio.move_on_after(LAST_WORD_S), suppress(PeerError):
+            await network.directory.withdraw(swarm)
 
 
 def _machine(config: NodeConfig) -> str:

@@ -29,7 +29,7 @@ RETRY_S = 0.5
 POLL_S = 1.0
 STALL_S = 10.0
 # For a state to be given, which is measured and given up by the leaver itself: only against one that says nothing.
-GIVING_S = 120.0
+GIVING_S = 30.0
 
 
 @dataclass(eq=False, slots=True)

@@ -48,7 +48,7 @@ def test_a_failed_request_is_a_failure():
     assert not verdict.ok
     assert verdict.reason == '"A" (greedy, 4 tokens) failed: no live peer serves blocks 0:2'
     assert (verdict.done, verdict.failed) == (1, 1)
-    assert ("lost", "1 requests") in verdict_rows(verdict)
+    assert ("lost", "1 request") in verdict_rows(verdict)
 
 
 def test_what_was_cut_short_is_right_so_far():
@@ -139,7 +139,7 @@ def test_the_table_and_the_json_say_the_same():
     assert rows["faults"] == "1 killed"
     assert rows["failovers"] == "1 after a kill"
     assert rows["pause"] == "p50 0.10 s, p95 0.10 s, max 0.10 s after a kill (1)"
-    assert rows["lost"] == "nothing"
+    assert rows["lost"] == "no request"
     value = json.loads(json.dumps(as_json(verdict)))
     assert value["ok"] is True
     assert value["pauses"]["kill"] == {"count": 1, "p50_s": 0.1, "p95_s": 0.1, "max_s": 0.1}
