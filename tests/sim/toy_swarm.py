@@ -25,7 +25,7 @@ from mycel.swarm.session import InferenceSession
 from mycel.swarm.view import View
 from tests.sim.compute import SimCompute
 from tests.sim.tap import Lie, Tap
-from tests.sim.toy import ToyPart, ToySpan
+from tests.sim.toy import VOCAB, ToyPart, ToySpan
 from tests.sim.transport import SimTransport
 from tests.sim.world import World
 
@@ -248,7 +248,7 @@ class ToySwarm:
         patience_s: float = 60.0,
     ) -> tuple[InferenceSession, Heard]:
         send, receive = trio.open_memory_channel[SessionEvent](0)
-        request = Request(prompt, n_new, sampling, patience_s=patience_s)
+        request = Request(prompt, n_new, sampling, patience_s=patience_s, vocab_size=VOCAB)
         session = InferenceSession(
             self.world.node(client),
             self,
