@@ -266,14 +266,14 @@ async def a_transport_that_shuts_down_does_not_end_its_streams(rig: Rig) -> None
 
     async def wait_in_handler(stream: Stream) -> None:
         try:
+            await stream.send(b"the handler is running")
             await stream.receive()
         finally:
             ended.append(stream.peer)
 
     server.serve("/suite/wait/1", wait_in_handler)
     streams = [await client.open(server.peer_id, protocol) for protocol in (ECHO, MUTE, "/suite/wait/1")]
-    await streams[0].send(b"the handlers are running")
-    assert await streams[0].receive() is not None
+    assert await streams[2].receive() is not None
     await rig.shut_down(server)
     for stream in streams:
         with pytest.raises(PeerUnreachable):

@@ -33,6 +33,7 @@ class Link:
         self.rtt_s: float | None = None
         self.proved = False
         self.settled = trio.Event()  # proved, or over
+        self.beating = trio.Event()  # the peer can miss us from now on; or over
         self.over: PeerError | None = None
         self.came_from: str | None = None  # where its connection comes from, unless we dialled
         self._limits = limits
@@ -59,6 +60,7 @@ class Link:
         if self.over is None:
             self.over = why
             self.settled.set()
+            self.beating.set()
             self._on_end(self)
             self._scope.cancel()
 
@@ -83,6 +85,7 @@ class Link:
     async def _beat(self, open_ping: Callable[[], Awaitable[SocketStream]]) -> None:
         try:
             stream = await open_ping()
+            self.beating.set()
             try:
                 await self._ping_for_ever(stream)
             finally:

@@ -259,6 +259,9 @@ class P2pdTransport:
             if stream is None:
                 sock.close()
         if stream is not None:
+            link = self._links.get(stream.peer)
+            if link is not None and info.protocol != PING:
+                await link.beating.wait()  # nobody is answered who could not tell if this process then stood still
             await self._serve(self._handlers[info.protocol], stream, info.protocol)
 
     def _admit(self, sock: socket.socket, info: said.StreamInfo, first: bytes) -> SocketStream | None:
