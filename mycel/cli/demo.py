@@ -81,7 +81,8 @@ async def _demo(directory: Path) -> None:
             before = await _speak(stage, kill=False)
 
             _step("a fifth node joins with the invite and takes blocks that the swarm needs most; `mycel status`:")
-            limits = ("--max-blocks", str(plan.spans[0][1]))
+            # Twice a share: wherever it goes, all blocks of at least one other node are then served twice.
+            limits = ("--max-blocks", str(2 * plan.spans[0][1]))
             await network.start("join", best_invite(nodes), "--model", str(plan.model), *limits)
             _table(status_lines(await read_status(model)))
 
