@@ -28,38 +28,14 @@ from typing import Any
 
 import trio
 
+from benchmarks.random_llama import N_BLOCKS, make_model
+
 PROMPT = tuple(range(3, 19))
-N_BLOCKS = 8
 RINGS = (1, 2, 4)
 BOUNDS = {"ring 1": 0.95, "ring 2": 0.85}
 WARM_UP_TOKENS = 8
 GENERATE_1, GENERATE_2 = "generate, 1 thread", "generate, 2 threads"
 BASELINES = {GENERATE_1: "own 1", GENERATE_2: "own 2", "generate, our kernels": "ours 1"}
-
-
-def make_model(directory: Path) -> None:
-    """A random Llama, and a tokenizer that has nothing to do: the benchmark speaks in token ids."""
-    import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=N_BLOCKS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        max_position_embeddings=1024,
-        bos_token_id=1,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))  # noqa: S106
-    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 # ---- children: a node, and the baseline -----------------------------------------------------------------------------
@@ -266,7 +242,7 @@ def main() -> None:
     if options.child:
         role, *rest = options.child
         if role == "make":
-            make_model(Path(rest[0]))
+            make_model(Path(rest[0]), 1024)
         elif role == "baseline":
             baseline(Path(rest[0]))
         else:

@@ -29,38 +29,14 @@ from typing import Any
 
 import trio
 
-N_BLOCKS = 8
+from benchmarks.random_llama import make_model
+
 SPANS = ((0, 4), (4, 8))
 HOLDERS = 2
 ACT_AT = 12  # tokens heard before the hop is killed or told to leave
 TOKENS_AFTER = 12  # heard after it was replaced
 MOST_TOKENS = 1500
 HISTORIES = (64, 256, 1024, 2048)
-
-
-def make_model(directory: Path) -> None:
-    """A random Llama with room for long prompts; the benchmark speaks in token ids."""
-    import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1376,
-        num_hidden_layers=N_BLOCKS,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        max_position_embeddings=4096,
-        bos_token_id=1,
-        eos_token_id=None,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
-    tokenizer = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))  # noqa: S106
-    tokenizer.save(str(directory / "tokenizer.json"))
 
 
 def prompt_of(n_tokens: int) -> list[int]:
@@ -314,7 +290,7 @@ def main() -> None:
     if options.child:
         role, *rest = options.child
         if role == "make":
-            make_model(Path(rest[0]))
+            make_model(Path(rest[0]), 4096)
         elif role == "client":
             client(rest[0])
         else:

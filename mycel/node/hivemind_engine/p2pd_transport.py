@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import socket
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ import trio
 
 from mycel.node.background import background
 from mycel.node.events import EventSink, no_events
+from mycel.node.handling import run_handler
 from mycel.node.hivemind_engine import daemon_messages as said
 from mycel.node.hivemind_engine.addresses import checked_listen, reachable, shown
 from mycel.node.hivemind_engine.daemon import Daemon, read_message, run_daemon
@@ -262,7 +262,7 @@ class P2pdTransport:
             link = self._links.get(stream.peer)
             if link is not None and info.protocol != PING:
                 await link.beating.wait()  # nobody is answered who could not tell if this process then stood still
-            await self._serve(self._handlers[info.protocol], stream, info.protocol)
+            await run_handler(self._handlers[info.protocol], stream, info.protocol, self._event)
 
     def _admit(self, sock: socket.socket, info: said.StreamInfo, first: bytes) -> SocketStream | None:
         peer = base58.b58encode(info.peer).decode()
@@ -272,29 +272,6 @@ class P2pdTransport:
             return None
         link.prove()
         return self._stream(link, sock, first, inbound=True)
-
-    async def _serve(self, handler: Handler, stream: SocketStream, protocol: str) -> None:
-        """A handler's root: whatever it raises ends here, told and recorded, and nobody else notices."""
-        try:
-            await handler(stream)
-            await stream.aclose()
-        except PeerError as error:
-            self._event("handler.failed", peer=stream.peer, protocol=protocol, reason=str(error))
-        except Exception as error:  # noqa: BLE001 - the root of a task; recorded
-            self._crashed(error, stream.peer, protocol)
-        except BaseExceptionGroup as group:
-            # Cancelled and bugs together: the bugs are recorded, the rest goes on.
-            bugs, rest = group.split(Exception)
-            if bugs is not None:
-                self._crashed(bugs, stream.peer, protocol)
-            if rest is not None:
-                raise rest from None
-        finally:
-            stream.abandon()
-
-    def _crashed(self, error: Exception, peer: str, protocol: str) -> None:
-        shown = "".join(traceback.format_exception(error))
-        self._event("handler.crashed", peer=peer, protocol=protocol, reason=repr(error), traceback=shown)
 
     async def _answer_pings(self, stream: Stream) -> None:
         try:

@@ -5,7 +5,6 @@ Ring: shell.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from mycel.node.events import EventSink, no_events
+from mycel.node.handling import run_handler
 from mycel.node.libp2p_transport import swarm as libp2p_swarm
 from mycel.node.libp2p_transport.connection import Connection
 from mycel.node.libp2p_transport.dialing import Dialler, note_accepted
@@ -199,27 +199,10 @@ class Libp2pTransport:
         if self._serving is None:
             return None
         stream = self._frame_stream(connection, mux)
-        self._serving.start_soon(self._serve, self._handlers[protocol], stream, protocol, name=f"serve {protocol}")
+        self._serving.start_soon(
+            run_handler, self._handlers[protocol], stream, protocol, self._event, name=f"serve {protocol}"
+        )
         return stream
-
-    async def _serve(self, handler: Handler, stream: FrameStream, protocol: str) -> None:
-        """A handler's root: whatever it raises ends here, told and recorded, and nobody else notices."""
-        try:
-            await handler(stream)
-            await stream.aclose()
-        except PeerError as error:
-            self._event("handler.failed", peer=stream.peer, protocol=protocol, reason=str(error))
-        except Exception as error:  # noqa: BLE001 - the root of a task; recorded
-            self._crashed(error, stream.peer, protocol)
-        except BaseExceptionGroup as group:
-            # Cancelled and bugs together: the bugs are recorded, the rest goes on.
-            bugs, rest = group.split(Exception)
-            if bugs is not None:
-                self._crashed(bugs, stream.peer, protocol)
-            if rest is not None:
-                raise rest from None
-        finally:
-            stream.abandon()
 
     async def _answer_pings(self, stream: Stream) -> None:
         """The heartbeat of a peer whose connection is held by a process beside its own: only this tells of itself."""
@@ -230,10 +213,6 @@ class Libp2pTransport:
         if silent:
             for connection in tuple(self._live.get(stream.peer, ())):
                 connection.kill(f"silent for {self.limits.silence_s:.1f} s")
-
-    def _crashed(self, error: Exception, peer: str, protocol: str) -> None:
-        shown = "".join(traceback.format_exception(error))
-        self._event("handler.crashed", peer=peer, protocol=protocol, reason=repr(error), traceback=shown)
 
     # ---- the end
 
