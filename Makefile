@@ -62,10 +62,10 @@ $(BIN)/python:
 
 $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 	@echo '== install: mycel and what it needs (torch is large; this takes a few minutes once)'
-	@start=$$(date +%s); $(PIP_INSTALL) -e . && echo "== install: $$(($$(date +%s) - start)) s"
+	@start=$$(date +%s); $(PIP_INSTALL) -e '.[train]' && echo "== install: $$(($$(date +%s) - start)) s"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo '== install: mycel, what it needs and the tools (torch is large; this takes a few minutes once)'
-	@start=$$(date +%s); $(PIP_INSTALL) -e '.[dev,hivemind]' && echo "== install: $$(($$(date +%s) - start)) s"
+	@start=$$(date +%s); $(PIP_INSTALL) -e '.[dev,hivemind,train]' && echo "== install: $$(($$(date +%s) - start)) s"
 	@touch $(VENV)/.runtime $@

@@ -25,6 +25,7 @@ from mycel.protocols.messages import (
     RingMessage,
     SessionMessage,
 )
+from mycel.protocols.training import PipeMessage, ReduceMessage, StageStatus, StateMessage
 from mycel.protocols.wire import TensorHeader, WireTensor, padded
 
 MAX_HEADER_BYTES = 12 * 1024 * 1024
@@ -96,3 +97,7 @@ ring_codec: Codec[RingMessage] = Codec(RingMessage, "ring")
 handover_codec: Codec[HandoverMessage] = Codec(HandoverMessage, "handover")
 reach_codec: Codec[ReachMessage] = Codec(ReachMessage, "reach")
 file_codec: Codec[FileMessage] = Codec(FileMessage, "files")
+train_codec: Codec[StageStatus] = Codec(StageStatus, "train")
+pipe_codec: Codec[PipeMessage] = Codec(PipeMessage, "pipe")
+reduce_codec: Codec[ReduceMessage] = Codec(ReduceMessage, "reduce")
+state_codec: Codec[StateMessage] = Codec(StateMessage, "state")
