@@ -182,9 +182,10 @@ class GetSum(Message, frozen=True):
 
 
 class Slice(Message, frozen=True):
-    """The answer to both: one attached tensor [count]."""
+    """The answer to both: one attached tensor [count]. `loss`: of exactly those microbatches, on the last stage."""
 
     start: Element
+    loss: Annotated[float, Meta(ge=-1e12, le=1e12)] = 0.0
 
 
 # ---- STATE: what a newcomer fetches ----------------------------------------------------------------------------------
