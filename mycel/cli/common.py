@@ -22,6 +22,7 @@ from mycel.protocols.errors import AccessDenied, ConfigError
 
 if TYPE_CHECKING:
     from mycel.swarm.invite import Invite
+    from mycel.swarm.training.recipe import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -144,6 +145,24 @@ def find_invite(given: str | None) -> Invite:
         except OSError as error:
             raise AccessDenied(f"cannot read {invite_file()}: {error.strerror}") from None
     return parse_invite(given, time.time())
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe of a training run, all of it checked. Raises ConfigError, one line."""
+    from mycel.swarm.training.recipe import parse_recipe
+
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe {path}") from None
+    except OSError as error:
+        raise AccessDenied(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is no recipe: it is not UTF-8 text") from None
+    return parse_recipe(text, str(path))
 
 
 # ------------------------------------------------------------------------------------------------------------- options

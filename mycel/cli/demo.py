@@ -14,6 +14,7 @@ import click
 import trio
 
 from mycel.cli.common import say, write
+from mycel.cli.demo_train import demo_training
 from mycel.cli.exits import CommandFailedError
 
 if TYPE_CHECKING:
@@ -33,7 +34,13 @@ PATIENCE_S = 30.0
 
 
 @click.command()
-def demo() -> None:
+@click.option(
+    "--train",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RECIPE",
+    help="See a training run instead: it loses a node of each stage, and its loss goes on as if nothing had been.",
+)
+def demo(train: Path | None) -> None:
     """See it work: four nodes answer a prompt, and lose one of them.
 
     Starts a network of four processes on this machine with the small model inside Mycel, lets it continue a prompt,
@@ -41,7 +48,10 @@ def demo() -> None:
     """
     directory = Path(tempfile.mkdtemp(prefix="mycel-demo-"))
     try:
-        trio.run(_demo, directory)
+        if train is not None:
+            demo_training(train, directory)
+        else:
+            trio.run(_demo, directory)
     except Exception:
         say(f"the logs of the nodes: {directory}")
         raise

@@ -15,7 +15,7 @@ import click
 from mycel._version import __version__
 from mycel.cli.exits import BROKEN_PIPE, INTERNAL, exit_code, one_line
 
-COMMANDS = ("demo", "up", "run", "chat", "status", "start", "join", "doctor")
+COMMANDS = ("demo", "up", "run", "chat", "status", "start", "join", "train", "doctor")
 
 
 class Commands(click.Group):
@@ -103,6 +103,11 @@ def cli(debug: bool) -> None:
     \b
       mycel start --model DIR     on the first; it prints the line for the others:
       mycel join mycel1:...       on each of them
+
+    To train one:
+
+    \b
+      mycel train RECIPE          on this machine; `mycel start --train RECIPE` and `mycel join` on several
     """
     del debug  # read by Commands.invoke, where errors end
 

@@ -46,6 +46,7 @@ class Ready:
     start: int
     end: int
     n_blocks: int
+    swarm: str = ""
 
 
 @dataclass(eq=False, slots=True)
@@ -112,11 +113,15 @@ class LocalNode:
 
 @dataclass(eq=False, slots=True)
 class LocalNetwork:
-    """The node processes under `directory`; `n_expected` of them share the cores. Made by `local_network`."""
+    """The node processes under `directory`. Made by `local_network`.
+
+    `n_expected` of them share the cores, unless `threads` says what each computes with.
+    """
 
     directory: Path
     n_expected: int
     listen: str = "/ip4/127.0.0.1/tcp/0"
+    threads: int | None = None
     nodes: list[LocalNode] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=lambda: count(1))
 
@@ -167,7 +172,7 @@ class LocalNetwork:
         return make_directory(self.directory) / f"{name}.log"
 
     async def _open(self, name: str, arguments: Sequence[str], log_mode: str) -> trio.Process:
-        threads = max(1, cores() // self.n_expected)
+        threads = self.threads or max(1, cores() // self.n_expected)
         shared = ["--data-dir", str(self.directory / name), "--listen", self.listen, "--threads", str(threads)]
         # -P: a file in the working directory must not stand in for a module.
         command = [sys.executable, "-P", "-m", "mycel", *arguments, *shared, "--no-mdns", "--json", "--supervised"]
@@ -192,8 +197,9 @@ class LocalNetwork:
             line += data
         value = json.loads(line)
         start, end = value["blocks"]
+        addresses = tuple(value["addresses"])
         return Ready(
-            value["peer"], tuple(value["addresses"]), value["invite"], value["model"], start, end, value["n_blocks"]
+            value["peer"], addresses, value["invite"], value["model"], start, end, value["n_blocks"], value["swarm"]
         )
 
     async def _failure(self, node: LocalNode) -> NodeFailedError:
@@ -212,10 +218,10 @@ class LocalNetwork:
 
 @asynccontextmanager
 async def local_network(
-    directory: Path, n_expected: int, listen: str = "/ip4/127.0.0.1/tcp/0"
+    directory: Path, n_expected: int, listen: str = "/ip4/127.0.0.1/tcp/0", threads: int | None = None
 ) -> AsyncIterator[LocalNetwork]:
     """A network without nodes yet; when the block ends, however it ends, no node is left."""
-    network = LocalNetwork(directory, n_expected, listen)
+    network = LocalNetwork(directory, n_expected, listen, threads)
     try:
         yield network
     finally:

@@ -71,6 +71,8 @@ class NodeOptions:
     as_json: bool
     verbose: bool
     supervised: bool
+    train: Path | None = None
+    checkpoints: Path | None = None
 
     def config(self, invite: Invite | None) -> NodeConfig:
         """What the node is told. Raises UsageError for options that exclude each other."""
@@ -97,6 +99,9 @@ class NodeOptions:
             shape=self.shape,
             leave_s=self.leave,
             hivemind_dht=self.hivemind_dht,
+            recipe=self.train,
+            checkpoints=self.checkpoints,
+            data=self.train is not None,
         )
 
 
@@ -189,6 +194,15 @@ _OPTIONS = (
     click.option("-v", "--verbose", is_flag=True, help="Tell every event on stderr."),
     click.option("--supervised", is_flag=True, hidden=True, help="End when stdin ends; used by `mycel up`."),
 )
+
+
+def checkpoints_option(command: F) -> F:
+    return click.option(
+        "--checkpoints",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Of a training run: write its checkpoints here, and resume from the newest.",
+    )(command)
 
 
 def node_options(command: F) -> F:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,12 @@ class LocalPlan:
 
 
 @click.command()
-@click.option("--nodes", type=click.IntRange(1, 64), default=4, show_default=True, metavar="N", help="How many nodes.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1, 64),
+    metavar="N",
+    help="How many nodes. [default: 4, with --train as many as the recipe has stages]",
+)
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
@@ -50,7 +56,7 @@ class LocalPlan:
     "directory",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Where the nodes keep keys and logs. [default: ~/.local/state/mycel/up]",
+    help="Where the nodes keep keys and logs. [default: ~/.local/state/mycel/up, with --train that of `mycel train`]",
 )
 @click.option(
     "--listen",
@@ -59,20 +65,27 @@ class LocalPlan:
     metavar="ADDRESS",
     help="Where the nodes listen, as a multiaddr with port 0.",
 )
+@click.option(
+    "--train",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RECIPE",
+    help="Train a model with this recipe, as `mycel train` does, and stay when it is done.",
+)
 @chaos_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of a table: of nodes, or the verdict."
 )
 @click.pass_context
-def up(
+def up(  # noqa: PLR0913  one parameter for each option
     ctx: click.Context,
     /,
     *,
-    nodes: int,
+    nodes: int | None,
     model: Path | None,
     replicas: int | None,
     directory: Path | None,
     listen: str,
+    train: Path | None,
     as_json: bool,
     **typed: Any,
 ) -> None:
@@ -84,11 +97,20 @@ def up(
     Links can be made worse (--rtt, --jitter, --loss, --bandwidth) and nodes hit (--kill, --stop, --leave). With faults,
     --for or --load the command asks prompts itself and ends with a verdict: every answer is compared with what one
     process alone says, and the exit code is 0 only if all are equal.
+
+    With --train the nodes train a model, and answer from its present parameters, during the run and after it.
     """
     chaos = chaos_of(typed)
-    plan = plan_network(model, nodes, replicas or (2 if chaos.rates.any else 1))
-    if not chaos.shape.is_plain:
-        plan = replace(plan, shared=(*plan.shared, "--shape", str(chaos.shape)))
+    shared = () if chaos.shape.is_plain else ("--shape", str(chaos.shape))
+    if train is not None:
+        if model is not None or replicas is not None or chaos.is_driven:
+            raise click.UsageError("--train goes without --model, --replicas, --for, --load and faults")
+        from mycel.cli.train import plan_training, run_training
+
+        training = plan_training(train, nodes, directory, listen=listen, shared=shared)
+        ctx.exit(run_training(training, partial(_stay, as_json=as_json)))
+    plan = plan_network(model, nodes or 4, replicas or (2 if chaos.rates.any else 1))
+    plan = replace(plan, shared=shared)
     place = directory or state_home() / "up"
     if not chaos.is_driven:
         with exclusive(place, "--dir"):
@@ -133,8 +155,21 @@ async def _up(
     listen: str,
     play: Callable[[LocalNetwork, Sequence[LocalNode]], Awaitable[None]],
 ) -> int:
-    """Found the network and `play` on it; the exit code: 0 when that is over, or that of a signal that cut it short."""
     from mycel.cli.processes import local_network
+
+    async def found(network: LocalNetwork) -> list[LocalNode]:
+        say(f"starting {len(plan.spans)} nodes with {plan.model.name}; logs in {directory}")
+        return await found_network(network, plan)
+
+    return await hold(local_network(directory, len(plan.spans), listen), found, play)
+
+
+async def hold(
+    opening: AbstractAsyncContextManager[LocalNetwork],
+    found: Callable[[LocalNetwork], Awaitable[Sequence[LocalNode]]],
+    play: Callable[[LocalNetwork, Sequence[LocalNode]], Awaitable[None]],
+) -> int:
+    """Found a network and `play` on it; the exit code: 0 when that is over, or that of a signal that cut it short."""
     from mycel.node.background import background
 
     code = 0
@@ -152,9 +187,8 @@ async def _up(
                         scope.cancel()
 
             await tasks.start(on_signals)
-            async with local_network(directory, len(plan.spans), listen) as network:
-                say(f"starting {len(plan.spans)} nodes with {plan.model.name}; logs in {directory}")
-                nodes = await found_network(network, plan)
+            async with opening as network:
+                nodes = await found(network)
                 invite = best_invite(nodes)
                 remember_invite(invite)
                 try:

@@ -17,7 +17,7 @@ DAY_S = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """`invite` joins a swarm, `model` founds one (or spares the download); at least one of them is given.
+    """`invite` joins a swarm, `model` founds one (or spares the download), `recipe` founds a run; one of them is given.
 
     `blocks` is a span to serve whatever the swarm needs, `max_blocks` and `memory_bytes` bound the choice. `dtype` is
     what a founder computes in: "auto", "float32", "bfloat16" or "float16"; a joiner takes the swarm's.
@@ -26,6 +26,10 @@ class NodeConfig:
     "p2pd" or "auto". `shape` makes every link worse on purpose (see swarm/chaos.py). `leave_s` bounds a planned exit.
     `rebalance_s` is how often a node looks whether it is needed elsewhere, 0 for never. `hivemind_dht` are addresses of
     an existing hivemind DHT in which the node announces itself as well.
+
+    `recipe` founds a training run; who joins one with it reads there where the text lies on this machine. `data` says
+    that the node has the text and drives microbatches. `checkpoints` is where whole checkpoints are written, and what
+    the run resumes from.
     """
 
     data_dir: Path
@@ -47,3 +51,6 @@ class NodeConfig:
     leave_s: float = 30.0
     rebalance_s: float = PERIOD_S
     hivemind_dht: tuple[str, ...] = ()
+    recipe: Path | None = None
+    checkpoints: Path | None = None
+    data: bool = False

@@ -20,7 +20,7 @@ import msgspec
 import trio
 
 from mycel.protocols.errors import ConfigError, PeerRefused, PeerUnreachable, RemoteProtocolError, one_line
-from mycel.swarm.manifest import DTYPES, SMALL_FILES, Manifest, TensorSpec
+from mycel.swarm.manifest import DTYPES, RECIPE_FILE, SMALL_FILES, Manifest, TensorSpec
 
 __all__ = [
     "HubLimits",
@@ -71,8 +71,10 @@ def download_snapshot(text: str) -> Snapshot:
     if match is None:
         raise ConfigError(f"{text!r} is not a repository: it is written ORG/NAME or ORG/NAME@REVISION")
     name, revision = match[1], match[2] or "main"
+    # A file of that name would make the swarm a training run.
+    wanted = [*sorted(SMALL_FILES - {RECIPE_FILE}), INDEX_FILE]
     try:
-        small = Path(snapshot_download(name, revision=revision, allow_patterns=[*sorted(SMALL_FILES), INDEX_FILE]))
+        small = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
         # Its folder is named by the commit: the second half is of the same one, whatever happens there meanwhile.
         directory = Path(snapshot_download(name, revision=small.name, allow_patterns=_weight_files(small, name)))
     except _hub_errors() as error:

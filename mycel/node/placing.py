@@ -77,15 +77,15 @@ class Placing:
             self.say(f"blocks {start}:{end}, as asked")
             self.station.claim(start, end)
             await self.announcer.say()
-            await self._fetch(await self._look(), start, end)
+            await self.fetch(await self.look(), start, end)
             return
         self.capacity = _capacity(self.config, self.model, self.say)
         for choice in range(1, MAX_CHOICES + 1):
-            before = (await self._look()).without({self.me})
+            before = (await self.look()).without({self.me})
             start, end = self._choose(before)
             self.station.claim(start, end)
             await self.announcer.say()
-            await self._fetch(before, start, end)
+            await self.fetch(before, start, end)
             if not before.peers:
                 break  # we found the swarm: who else could have chosen?
             reason = must_yield(await self.watch.view(fresh=True), self.me, before, bytes_per_token=self._token_bytes)
@@ -93,7 +93,7 @@ class Placing:
                 break
             self.say(reason)
 
-    async def _look(self) -> View:
+    async def look(self) -> View:
         """The swarm now. Where we were invited there is somebody: if nobody is seen, none has answered in time."""
         for _ in range(_LOOKS):
             view = await self.watch.view(fresh=True)
@@ -172,7 +172,7 @@ class Placing:
         block_bytes = max(self.model.info.block_bytes) * self.capacity
         return block_bytes / (self.station.link_bytes_per_s or DEFAULT_BYTES_PER_S)
 
-    async def _fetch(self, view: View, start: int, end: int) -> None:
+    async def fetch(self, view: View, start: int, end: int) -> None:
         """Have the weights of [start, end), from peers unless a directory was given."""
         if self.config.model is not None:
             return
@@ -204,7 +204,7 @@ class Placing:
         try:
             await self.announcer.say()
             began = trio.current_time()
-            await self._fetch(before, move.start, move.end)
+            await self.fetch(before, move.start, move.end)
             reason = await self._settle(before, began + min(SETTLE_S, self.config.rebalance_s / 2))
         except BaseException:
             self.station.stay()

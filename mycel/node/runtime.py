@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -29,6 +29,8 @@ from mycel.node.network import Network, open_network
 from mycel.node.placing import Placing
 from mycel.node.speed import measure_block_s
 from mycel.node.station import Station
+from mycel.node.training.founding import FoundedRun, found_run
+from mycel.node.training.life import make_life, recipe_of
 from mycel.protocols.errors import PeerError
 from mycel.protocols.messages import PeerAddress
 from mycel.security.identity import load_or_create
@@ -66,6 +68,11 @@ async def run_node(
     """
     torch.set_num_threads(config.threads)
     identity = load_or_create(config.data_dir / "identity.key")
+    founded: FoundedRun | None = None
+    if config.recipe is not None and config.invite is None:
+        say(f"founding the run of {config.recipe}")
+        founded = await trio.to_thread.run_sync(found_run, config.recipe, config.data_dir)
+        config = replace(config, model=founded.directory, dtype="float32")
     store, compute = ModelStore(config.data_dir / "cache"), DeviceCompute()
     async with open_network(
         identity, config.listen, event, announce=config.announce, engine=config.network, shape=config.shape
@@ -90,13 +97,19 @@ async def run_node(
         placing = Placing(config, model, store, watch, station, announcer, say)
         async with _last_word(network, model.swarm), background() as tasks:
             tasks.start_soon(announcer.run)  # from the first: a download takes longer than an announcement lives
-            await placing.join()
-            await station.open()
-            await announcer.say()
             tasks.start_soon(watch.run)
+            recipe, life = recipe_of(model), None
+            if recipe is None:
+                await placing.join()
+                await station.open()
+                await announcer.say()
+                tasks.start_soon(placing.rebalance)
+            else:
+                life = await make_life(config, recipe, founded, station, announcer, placing, say)
+                tasks.start_soon(life.run, tasks)
+                await life.peer.ready.wait()
             if config.hivemind_dht:
                 tasks.start_soon(announce_in_hivemind, config.hivemind_dht, station, config.ttl_s)
-            tasks.start_soon(placing.rebalance)
             if config.mdns:
                 tasks.start_soon(meet_neighbours, network, event)
             serving = _serving(config, station)
@@ -108,6 +121,8 @@ async def run_node(
                 block_ms=round(station.block_time_s * 1e3, 3),
             )
             await stop.wait()
+            if life is not None:
+                await life.leave(config.leave_s)
         await station.close(config.leave_s)
         event("node.left", peer=identity.peer_id)
 

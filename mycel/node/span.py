@@ -3,7 +3,7 @@
 Built on the base model's own forward (see `structure.py` and docs/decisions/0003-model-spans.md): the same code as the
 unsplit model's, over a shorter list of blocks. It knows nothing of sessions, peers or batches.
 
-Legend: T tokens of this step, D hidden, V vocabulary.
+Legend: B sequences, T tokens of this step, D hidden, V vocabulary.
 
 Ring: shell (`load` reads a model directory; the rest is torch alone).
 """
@@ -28,7 +28,7 @@ from mycel.node.structure import Passed, base_of, cut, empty_model, meta_tensors
 from mycel.node.weights_load import WeightFiles, load_unit, release_free_memory
 from mycel.protocols.errors import ConfigError
 
-__all__ = ["Span", "SpanCache"]
+__all__ = ["Span", "SpanCache", "load_weights"]
 
 # Known to transformers as nobody's mask: with it the base model builds none.
 _NO_MASK = "mycel_no_mask"
@@ -66,15 +66,8 @@ class Span:
         span of the model.
         """
         info = inspect_model(directory)
-        units = span_tensors(info, start, end)
-        compute_dtype: torch.dtype = dtype or getattr(torch, info.dtype)
         config = load_config(directory)
-        model = empty_model(config, compute_dtype)
-        files = WeightFiles()
-        for entries in units.values():
-            load_unit(model, files, entries, compute_dtype)
-        if info.tied_embeddings and EMBED in units and end == info.n_blocks:
-            model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        model = load_weights(directory, info, config, (start, end), dtype or getattr(torch, info.dtype))
         cut(model, start, end)
         if missing := meta_tensors(model):
             raise ConfigError(f"{directory} is incomplete: its checkpoint has no tensor for {missing[0]!r}")
@@ -145,6 +138,24 @@ class Span:
         logits_TV: Tensor = self._head(inputs_embeds=hidden_TD.unsqueeze(0), use_cache=False)[0].squeeze(0)
         return logits_TV
 
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """hidden_BTD of whole sequences, from their first position and without a cache; what training computes.
+
+        `inputs` are token ids [B, T] on the first span, hidden_BTD on any other. Gradients are recorded if the caller
+        records them. As in `forward`, the last span's result has the final norm applied.
+        """
+        self._base.config = self._masked_config
+        key = "input_ids" if self.is_first else "inputs_embeds"
+        positions_1T = torch.arange(inputs.shape[1]).unsqueeze(0)
+        output_BTD: Tensor = self._base(**{key: inputs}, position_ids=positions_1T, use_cache=False)[0]
+        return output_BTD
+
+    def head(self, hidden_BTD: Tensor) -> Tensor:
+        """logits_BTV as `logits` gives them, with gradients if the caller records them. Last span only."""
+        assert self._head is not None, "the head is with the last block"
+        logits_BTV: Tensor = self._head(inputs_embeds=hidden_BTD, use_cache=False)[0]
+        return logits_BTV
+
     def state_bytes(self, cache: SpanCache, count: int) -> int:
         """The size of what `state_pieces` gives."""
         return state_bytes(cache, count)
@@ -171,6 +182,23 @@ class Span:
                 raise ValueError(f"the first span takes token ids [T] of int64, not {_describe(inputs)}")
         elif inputs.dim() != 2 or inputs.shape[0] == 0 or inputs.shape[1] != self.info.hidden_size:
             raise ValueError(f"this span takes hidden states [T, {self.info.hidden_size}], not {_describe(inputs)}")
+
+
+def load_weights(
+    directory: Path, info: ModelInfo, config: PreTrainedConfig, span: tuple[int, int], dtype: torch.dtype
+) -> PreTrainedModel:
+    """The whole model with the weights of one span in it, not cut yet: names are those of the unsplit model.
+
+    Everything else is on the meta device. Raises as `Span.load` does.
+    """
+    units = span_tensors(info, *span)
+    model = empty_model(config, dtype)
+    files = WeightFiles()
+    for entries in units.values():
+        load_unit(model, files, entries, dtype)
+    if info.tied_embeddings and EMBED in units and span[1] == info.n_blocks:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    return model
 
 
 def _describe(tensor: Tensor) -> str:

@@ -50,12 +50,16 @@ class Station:
         assert self.span is not None
         self.claimed = self.span.start, self.span.end
 
-    async def open(self) -> None:
-        """Load the claimed blocks and admit sessions. Raises ConfigError for weights that do not fit the model."""
+    async def open(self, loaded: Span | None = None) -> None:
+        """Load the claimed blocks, or take those `loaded` already, and admit sessions.
+
+        Raises ConfigError for weights that do not fit the model.
+        """
         (start, end), model = self.claimed, self.model
 
         def load() -> ServedSpan:
-            span = ServedSpan(Span.load(model.directory, start, end, dtype=model.dtype), model.dtype)
+            blocks = loaded or Span.load(model.directory, start, end, dtype=model.dtype)
+            span = ServedSpan(blocks, blocks.dtype)
             span.measure()
             return span
 

@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from mycel.node.weights_map import TensorEntry
 from mycel.protocols.errors import ConfigError
 
-__all__ = ["WeightFiles", "load_unit", "release_free_memory"]
+__all__ = ["WeightFiles", "load_unit", "no_progress_bar", "release_free_memory"]
 
 
 class WeightFiles:
@@ -108,7 +108,7 @@ def load_unit(model: PreTrainedModel, files: WeightFiles, entries: Sequence[Tens
         name, converted = rename_source_key(entry.name, renamings, converters, model.base_model_prefix, names)
         as_is = converted is None and name in names and names[name].dtype == getattr(torch, entry.dtype)
         sources[entry.name] = files.mapped(entry) if as_is else _Deferred(files, entry)
-    with _no_progress_bar():
+    with no_progress_bar():
         result, _ = convert_and_load_state_dict_in_model(
             model, sources, LoadStateDictConfig(dtype=dtype, dtype_plan=dtype_plan, weight_mapping=mapping)
         )
@@ -131,7 +131,7 @@ def release_free_memory() -> None:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """One bar for each block would be noise; the caller reports progress by the block."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -27,7 +27,9 @@ def to_wire(tensor: Tensor) -> WireTensor:
     """A contiguous CPU view of `tensor` as raw bytes; copies only if it is not contiguous or not on the CPU."""
     flat = tensor.detach().to("cpu").contiguous()
     header = TensorHeader(_NAMES[flat.dtype], tuple(flat.shape))
-    return WireTensor(header, flat.view(-1).view(torch.uint8).numpy().data)
+    # Of one element, any stride counts as contiguous.
+    row = flat.as_strided((flat.numel(),), (1,))
+    return WireTensor(header, row.view(torch.uint8).numpy().data)
 
 
 def from_wire(wire: WireTensor) -> Tensor:

@@ -182,10 +182,14 @@ class GetSum(Message, frozen=True):
 
 
 class Slice(Message, frozen=True):
-    """The answer to both: one attached tensor [count]. `loss`: of exactly those microbatches, on the last stage."""
+    """The answer to both: one attached tensor [count]. `loss`: of exactly those microbatches, on the last stage.
+
+    `scale`: what the sum was multiplied with, of a step that the answerer has made; 0 of one that it has not.
+    """
 
     start: Element
     loss: Annotated[float, Meta(ge=-1e12, le=1e12)] = 0.0
+    scale: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
 
 
 # ---- STATE: what a newcomer fetches ----------------------------------------------------------------------------------

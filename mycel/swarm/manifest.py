@@ -27,6 +27,7 @@ __all__ = [
     "CHUNK_BYTES",
     "DTYPES",
     "HASH_BYTES",
+    "RECIPE_FILE",
     "SMALL_FILES",
     "FileSpec",
     "Manifest",
@@ -69,6 +70,8 @@ DTYPES: Mapping[str, tuple[str, int]] = {
     "bool": ("BOOL", 1),
 }
 
+# What only a training run carries: mycel/swarm/training/recipe.py.
+RECIPE_FILE = "recipe.toml"
 # The only files besides weights that a swarm carries. No code among them, and the licence travels with the weights.
 SMALL_FILES = frozenset(
     {
@@ -85,6 +88,7 @@ SMALL_FILES = frozenset(
         "config.json",
         "generation_config.json",
         "merges.txt",
+        RECIPE_FILE,
         "special_tokens_map.json",
         "tokenizer.json",
         "tokenizer.model",

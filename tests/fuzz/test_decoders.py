@@ -20,14 +20,19 @@ import pytest
 from mycel.dht.records import Announcement, decode_announcement, encode_announcement
 from mycel.node.text import TextCodec
 from mycel.protocols import messages as m
+from mycel.protocols import training as t
 from mycel.protocols.codec import (
     Codec,
     file_codec,
     handover_codec,
+    pipe_codec,
     reach_codec,
     record_codec,
+    reduce_codec,
     ring_codec,
     session_codec,
+    state_codec,
+    train_codec,
 )
 from mycel.protocols.errors import MycelError
 from mycel.protocols.hop import HopMachine
@@ -153,6 +158,57 @@ def state_samples() -> list[bytes]:
     return [b"".join(handover_codec.encode(part, [to_wire(t) for t in tensors])) for part, tensors in parts]
 
 
+def training_targets() -> Mapping[str, Target]:
+    """Frames of a run: how far all are, microbatches with their borders, sums, states."""
+    import torch
+
+    key, peer = bytes(range(32)), IDENTITY.peer_id
+    reduced = t.Reduced(3, key, 0.5, 7.25)
+    status = t.StageStatus(
+        key, 9, 1, "training", 3, key, b"\xff\x03", (reduced, reduced), True, 0.5, 20.0, 2, 2, 10**9, -1, PEER.addresses
+    )
+    ways = (t.Way(PEER), t.Way(PEER, True), t.Way(PEER, True, True))
+    forward = t.Forward(key, key, 3, 5, 2, 1, peer, ways)
+    tokens = to_wire(torch.arange(8, dtype=torch.int32).view(2, 4))
+    border = [to_wire(torch.zeros(2, 3, 8, dtype=torch.int8)), to_wire(torch.ones(2, 3, 1))]
+    pipe = [
+        *frames(
+            pipe_codec,
+            t.Drive(key),
+            t.Passed(key, 2, 1, True, 100, 2000),
+            t.WorkFailed(key, 2, 1, peer, "connection lost"),
+        ),
+        b"".join(pipe_codec.encode(forward, [tokens, *border])),
+        b"".join(pipe_codec.encode(t.Backward(key, key, 2, 1), border)),
+    ]
+    reduce = [
+        *frames(
+            reduce_codec,
+            t.GetPartial(key, 1, 3, b"\xff\x03", 0, 1 << 20),
+            t.GetSum(key, 1, 3, 0, 1 << 20, True),
+            t.NotNow("not reduced yet"),
+        ),
+        *(
+            b"".join(reduce_codec.encode(t.Slice(0, 1.5, 1.0), [to_wire(torch.ones(9, dtype=dtype))]))
+            for dtype in (torch.int64, torch.float32)
+        ),
+    ]
+    state = frames(
+        state_codec,
+        t.PinState(key, 1, 3),
+        t.StateOffer(3, 1 << 20, key, key * 2),
+        t.GetStateChunk(key, 1, 3, 7),
+        t.StateChunk(bytes(100)),
+        t.NotNow("nothing is held"),
+    )
+    return {
+        "train frames": frame_target(train_codec, frames(train_codec, status)),
+        "pipe frames": frame_target(pipe_codec, pipe),
+        "reduce frames": frame_target(reduce_codec, reduce),
+        "state frames": frame_target(state_codec, state),
+    }
+
+
 def targets() -> Mapping[str, Target]:
     session_samples = frames(
         session_codec,
@@ -210,6 +266,7 @@ def targets() -> Mapping[str, Target]:
         ),
         "handover frames": frame_target(handover_codec, handover_samples),
         "reach frames": frame_target(reach_codec, reach_samples),
+        **training_targets(),
         "record frames": frame_target(record_codec, record_samples),
         "file frames": frame_target(file_codec, file_samples),
         "signed records": Target(check_signed, record_samples[1:]),

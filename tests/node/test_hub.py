@@ -100,7 +100,7 @@ def test_a_founder_gets_weights_configuration_and_tokenizer_and_nothing_else(
 ) -> None:
     wanted = hub.directory if layout == "one file" else sharded
     hub.directory = shutil.copytree(wanted, tmp_path / "repository")
-    for other in ("pytorch_model.bin", "consolidated.safetensors", "modeling_tiny.py", "README.md"):
+    for other in ("pytorch_model.bin", "consolidated.safetensors", "modeling_tiny.py", "README.md", "recipe.toml"):
         (hub.directory / other).write_bytes(b"not wanted")
     snapshot = download_snapshot(f"{REPOSITORY}@main")
     assert snapshot.source == SOURCE

@@ -10,14 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from mycel.protocols import messages as m
+from mycel.protocols import training as t
 from mycel.protocols.codec import (
     Codec,
     file_codec,
     handover_codec,
+    pipe_codec,
     reach_codec,
     record_codec,
+    reduce_codec,
     ring_codec,
     session_codec,
+    state_codec,
+    train_codec,
 )
 from mycel.protocols.wire import ITEM_BYTES, TensorHeader, WireTensor
 
@@ -49,6 +54,13 @@ sampling = st.builds(
 )
 generations = st.builds(m.Generation, sampling, tokens, counts, st.lists(counts, max_size=64).map(tuple))
 timings = st.lists(st.builds(m.HopTiming, counts, counts), max_size=20).map(tuple)
+stages = st.integers(0, t.MAX_STAGES - 1)
+bitmaps = st.binary(max_size=t.MAX_MICROBATCHES // 8)
+elements = st.integers(0, 2**40)
+slice_counts = st.integers(1, 1 << 22)
+losses = st.floats(-1e12, 1e12)
+reduced = st.builds(t.Reduced, counts, keys, st.floats(0, 1e38), losses)
+ways = st.builds(t.Way, addresses, st.booleans(), st.booleans())
 
 BY_TYPE: Mapping[type[m.Message], SearchStrategy[m.Message]] = {
     m.FindRecords: st.builds(m.FindRecords, addresses, keys, st.booleans()),
@@ -97,11 +109,60 @@ BY_TYPE: Mapping[type[m.Message], SearchStrategy[m.Message]] = {
     m.GetFile: st.builds(m.GetFile, keys, keys, st.integers(0, 2**50), st.integers(1, m.MAX_FILE_CHUNK_BYTES)),
     m.FileChunk: st.builds(m.FileChunk, st.binary(max_size=300)),
     m.NotHere: st.builds(m.NotHere, text),
+    t.StageStatus: st.builds(
+        t.StageStatus,
+        keys,
+        st.integers(0, 2**62),
+        stages,
+        st.sampled_from(get_args(t.StageState)),
+        counts,
+        st.just(b"") | keys,
+        bitmaps,
+        st.lists(reduced, max_size=2).map(tuple),
+        st.booleans(),
+        st.floats(0, 1e9),
+        st.floats(0, 1e9),
+        counts,
+        counts,
+        st.integers(0, 2**60),
+        st.integers(-1, t.MAX_STAGES - 1),
+        st.lists(names, max_size=8).map(tuple),
+    ),
+    t.Drive: st.builds(t.Drive, keys),
+    t.Forward: st.builds(
+        t.Forward,
+        keys,
+        keys,
+        counts,
+        st.integers(0, t.MAX_MICROBATCHES - 1),
+        counts,
+        stages,
+        names,
+        st.lists(ways, min_size=1, max_size=6).map(tuple),
+    ),
+    t.Backward: st.builds(t.Backward, keys, keys, counts, stages),
+    t.Passed: st.builds(t.Passed, keys, counts, stages, st.booleans(), counts, counts),
+    t.WorkFailed: st.builds(t.WorkFailed, keys, counts, stages, names, text),
+    t.GetPartial: st.builds(t.GetPartial, keys, stages, counts, bitmaps, elements, slice_counts),
+    t.GetSum: st.builds(t.GetSum, keys, stages, counts, elements, slice_counts, st.booleans()),
+    t.Slice: st.builds(t.Slice, elements, losses, st.floats(0.0, 1.0)),
+    t.PinState: st.builds(t.PinState, keys, stages, counts),
+    t.StateOffer: st.builds(
+        t.StateOffer,
+        counts,
+        st.integers(0, t.MAX_STATE_CHUNKS * m.MAX_FILE_CHUNK_BYTES),
+        keys,
+        st.binary(max_size=300),
+    ),
+    t.GetStateChunk: st.builds(t.GetStateChunk, keys, stages, counts, st.integers(0, t.MAX_STATE_CHUNKS - 1)),
+    t.StateChunk: st.builds(t.StateChunk, st.binary(max_size=300)),
+    t.NotNow: st.builds(t.NotNow, text),
 }
 
 
-def types_of(union: UnionType) -> tuple[type[m.Message], ...]:
-    return get_args(union)
+def types_of(union: UnionType | type[m.Message]) -> tuple[type[m.Message], ...]:
+    """A protocol of one message is no union."""
+    return get_args(union) or (union,)
 
 
 PROTOCOLS: tuple[tuple[Codec, tuple[type[m.Message], ...]], ...] = (
@@ -111,6 +172,10 @@ PROTOCOLS: tuple[tuple[Codec, tuple[type[m.Message], ...]], ...] = (
     (handover_codec, types_of(m.HandoverMessage)),
     (reach_codec, types_of(m.ReachMessage)),
     (file_codec, types_of(m.FileMessage)),
+    (train_codec, types_of(t.StageStatus)),
+    (pipe_codec, types_of(t.PipeMessage)),
+    (reduce_codec, types_of(t.ReduceMessage)),
+    (state_codec, types_of(t.StateMessage)),
 )
 # (codec, message) of any protocol.
 said = st.one_of([st.tuples(st.just(codec), BY_TYPE[kind]) for codec, kinds in PROTOCOLS for kind in kinds])

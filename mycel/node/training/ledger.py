@@ -39,13 +39,13 @@ class Ledger:
         return True
 
     def uncount(self, version: int, number: int, grad_P: Tensor) -> bool:
-        """Take a gradient back, computed again to the same bits; whether it was in."""
+        """Take a gradient back, computed again to the same bits; whether it was in. ValueError as in the sum."""
         bit = 1 << number
         if version != self.version or not self.counted & bit:
             return False
+        self.sum.subtract(grad_P)  # first: a bad gradient raises, and then nothing has changed
         self.counted &= ~bit
         del self.losses[number]
-        self.sum.subtract(grad_P)
         return True
 
     def partial(self, version: int, counted: int, start: int, count: int) -> Tensor | None:

@@ -45,8 +45,10 @@ class GradientSum:
     def _accumulate(self, grad_P: Tensor, sign: int) -> None:
         if grad_P.shape != self.sum_P.shape or grad_P.dtype != torch.float32:
             raise ValueError(f"a gradient of {list(self.sum_P.shape)} float32 is needed")
-        if grad_P.numel() and not float(grad_P.abs().max()) <= _MAX_ELEMENT:  # also false for NaN
-            raise ValueError("the gradient is not finite, or has exploded")
+        if grad_P.numel():
+            least, most = torch.aminmax(grad_P)
+            if not (float(least) >= -_MAX_ELEMENT and float(most) <= _MAX_ELEMENT):  # also false for NaN
+                raise ValueError("the gradient is not finite, or has exploded")
         for start in range(0, grad_P.numel(), _PIECE):
             part = (grad_P[start : start + _PIECE] * float(1 << SCALE_BITS)).round_().to(torch.int64)
             self.sum_P[start : start + _PIECE].add_(part, alpha=sign)
@@ -57,11 +59,13 @@ def check_partial(partial_P: Tensor, count: int, n_numbers: int, peer: str) -> T
     if partial_P.dtype != torch.int64 or partial_P.shape != (count,):
         raise RemoteProtocolError(f"a partial sum of {list(partial_P.shape)} {partial_P.dtype}", peer)
     limit = n_numbers * int(_MAX_ELEMENT) << SCALE_BITS
-    if count and not -limit <= int(partial_P.min()) <= int(partial_P.max()) <= limit:
-        raise RemoteProtocolError(f"no {n_numbers} gradients have such a sum", peer)
+    if count:
+        least, most = torch.aminmax(partial_P)
+        if not (int(least) >= -limit and int(most) <= limit):
+            raise RemoteProtocolError(f"no {n_numbers} gradients have such a sum", peer)
     return partial_P
 
 
 def to_float(sum_P: Tensor) -> Tensor:
-    """Lattice -> float32, rounded once."""
-    return (sum_P.to(torch.float64) * (1.0 / (1 << SCALE_BITS))).to(torch.float32)
+    """Lattice -> float32, rounded once: not by way of float64, which would round sums beyond +-512 a first time."""
+    return sum_P.to(torch.float32).mul_(1.0 / (1 << SCALE_BITS))

@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mycel.protocols.errors import RemoteProtocolError
 from mycel.protocols.training import StageStatus
 from mycel.swarm.training.numbers import from_bytes
+from mycel.swarm.training.plan import RunPlan
 
 # A status is a heartbeat, too.
 HEARTBEAT_S = 1.0
 SILENT_S = 5.0
 MAX_MEMBERS = 1024
+# So long after a peer has gone a status of its former life may still be on its way.
+_REMEMBER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,21 @@ class Member:
         return from_bytes(self.status.counted)
 
 
+def check_status(status: StageStatus, plan: RunPlan, peer: str) -> StageStatus:
+    """What fits into no table of this run raises RemoteProtocolError; the types have checked the rest."""
+    if status.run != plan.run:
+        raise RemoteProtocolError("says how far it is in another run", peer)
+    if status.stage >= plan.n_stages or status.moving_to >= plan.n_stages:
+        raise RemoteProtocolError(f"is at stage {max(status.stage, status.moving_to)} of {plan.n_stages}", peer)
+    if status.version > plan.n_steps:
+        raise RemoteProtocolError(f"has made {status.version} of {plan.n_steps} steps", peer)
+    if from_bytes(status.counted) & ~plan.everything:
+        raise RemoteProtocolError("has counted numbers that no step has", peer)
+    if len(status.params) not in (0, 32):
+        raise RemoteProtocolError(f"a digest of {len(status.params)} bytes", peer)
+    return status
+
+
 @dataclass(eq=False, slots=True)
 class Members:
     """All peers of one run that are there now, oneself among them."""
@@ -49,16 +68,19 @@ class Members:
     me: str
     run: bytes
     _members: dict[str, Member] = field(default_factory=dict, init=False)
-    # The highest seq of whoever was here: a status that was overtaken must not bring back who has gone.
-    _seen: dict[str, int] = field(default_factory=dict, init=False)
+    # The highest seq of whoever was here, and when it came: what was overtaken must not bring back who has gone.
+    _seen: dict[str, tuple[int, float]] = field(default_factory=dict, init=False)
 
     def hear(self, peer: str, status: StageStatus, now: float) -> bool:
         """Take a status; whether it says anything new. Another run's, and what was overtaken, is ignored."""
-        if status.run != self.run or status.seq <= self._seen.get(peer, -1):
+        if status.run != self.run or status.seq <= self._seen.get(peer, (-1, 0.0))[0]:
             return False
-        if peer not in self._members and len(self._members) >= MAX_MEMBERS:
+        if peer not in self._members and peer != self.me and len(self._members) >= MAX_MEMBERS:
             return False
-        self._seen[peer] = status.seq
+        self._seen.pop(peer, None)
+        self._seen[peer] = status.seq, now
+        while len(self._seen) > 2 * MAX_MEMBERS:  # those who have gone longest; who is here speaks every second
+            del self._seen[next(iter(self._seen))]
         self._members[peer] = Member(peer, status, now)
         return True
 
@@ -71,6 +93,9 @@ class Members:
         silent = tuple(p for p, m in self._members.items() if p != self.me and now - m.heard_s > SILENT_S)
         for peer in silent:
             del self._members[peer]
+        for peer, (_, heard_s) in list(self._seen.items()):
+            if peer not in self._members and now - heard_s > _REMEMBER_S:
+                del self._seen[peer]
         return silent
 
     def get(self, peer: str) -> Member | None:

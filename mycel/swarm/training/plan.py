@@ -12,7 +12,10 @@ import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from mycel.protocols.errors import ConfigError
+from mycel.swarm.placement import even_spans
 from mycel.swarm.training.numbers import all_numbers
+from mycel.swarm.training.recipe import Recipe, n_steps
 
 _WORK_DOMAIN = b"mycel microbatch v1"
 _OWNER_DOMAIN = b"mycel owner v1"
@@ -66,6 +69,25 @@ class RunPlan:
     def owner(self, work: Work, trainers: Collection[str]) -> str:
         """Who of these drives it: the lowest hash of peer and work. Who joins or leaves moves no other's share."""
         return min(trainers, key=lambda peer: hashlib.sha256(_OWNER_DOMAIN + work.id + peer.encode()).digest())
+
+
+def make_plan(
+    recipe: Recipe, run: bytes, block_costs: Sequence[int], *, embed_cost: int = 0, head_cost: int = 0
+) -> RunPlan:
+    """The plan of a checked recipe, its stages of about equal cost, in whatever unit the costs are.
+
+    The first stage carries `embed_cost`, the last `head_cost`. Raises ConfigError for more stages than blocks.
+    """
+    if recipe.stages > len(block_costs):
+        raise ConfigError(f"{recipe.name}: stages: {recipe.stages} are more than the model's {len(block_costs)} blocks")
+    return RunPlan(
+        run=run,
+        spans=even_spans(block_costs, recipe.stages, embed_bytes=embed_cost, head_bytes=head_cost),
+        n_steps=n_steps(recipe),
+        n_microbatches=recipe.step.batch_tokens // (recipe.step.microbatch * recipe.data.sequence),
+        n_sequences=recipe.step.microbatch,
+        n_tokens=recipe.data.sequence,
+    )
 
 
 def shards(n_elements: int, members: Sequence[str]) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,372 @@
+"""One peer of a run: the stage that it holds, everything that works on it, and its change to another one.
+
+    choose a stage -> have its state -> compute, count, step, give state -> (move: choose again) -> leave
+
+The same in life and in a simulation: what differs comes in as a `Workshop` and through the ports.
+
+Ring: shell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from random import Random
+from typing import Protocol
+
+import msgspec
+import trio
+from torch import Tensor
+
+from mycel.node.background import background
+from mycel.node.events import EventSink
+from mycel.node.training.gossip import Gossip
+from mycel.node.training.ledger import Ledger
+from mycel.node.training.reducing import Reducer, TiedEnd
+from mycel.node.training.stage_port import StateHolder, TrainingStage
+from mycel.node.training.stage_service import StageService
+from mycel.node.training.state_fetch import fetch_state
+from mycel.node.training.state_join import Joiner
+from mycel.node.training.state_service import StateService
+from mycel.node.training.stepping import StepDone, Stepper
+from mycel.node.training.sum_table import SumTable
+from mycel.node.training.sums import SumClient, SumService
+from mycel.protocols.borders import BorderCodec
+from mycel.protocols.messages import PeerAddress
+from mycel.protocols.ports import Compute, Transport
+from mycel.protocols.training import StageStatus
+from mycel.swarm.training.bell import Bell
+from mycel.swarm.training.members import Members
+from mycel.swarm.training.moving import PERIOD_S, Move, Mover, must_go_back
+from mycel.swarm.training.pipeline import Load, Pipeline
+from mycel.swarm.training.plan import RunPlan
+from mycel.swarm.training.stages import SETTLE_S, choose_stage, must_yield
+
+__all__ = ["Holding", "Terms", "TrainingPeer", "Workshop"]
+
+# How long a newcomer listens for those whom it knows of before it chooses a stage.
+LISTEN_S = 5.0
+# Microbatches that one trainer has on their way at most; fewer while there are fewer peers (pipeline).
+IN_FLIGHT = 64
+# Of a status; a pass may have taken no time that a clock shows.
+MAX_FIGURE = 1e9
+# How often a peer looks whether it is time to look whether to move.
+LOOK_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What all peers of a run agree on besides the plan, and what this one gives."""
+
+    codec: BorderCodec
+    clip: float
+    vocab_size: int
+    memory_bytes: int = 1 << 30
+    move_every_s: float = PERIOD_S
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A stage and its state, the parameters being shared by both. `tied_end` as in Reducer."""
+
+    stage: TrainingStage
+    state: StateHolder
+    tied_end: TiedEnd | None = None
+
+
+class Workshop(Protocol):
+    """Where a stage comes from, and what is done with it besides training it."""
+
+    async def make(self, index: int) -> Holding:
+        """A stage with the weights that the run began with, version 0."""
+        ...
+
+    async def restore(self, holding: Holding, version: int | None) -> None:
+        """Load the newest state that is on this machine, not after `version`; at last that of version 0."""
+        ...
+
+    async def open(self, holding: Holding) -> None:
+        """The stage has its state: it may be shown to others."""
+        ...
+
+    async def after_step(self, holding: Holding, version: int) -> None:
+        """The state is that after `version` steps, until this returns."""
+        ...
+
+    async def close(self, holding: Holding) -> None:
+        """The peer leaves this stage."""
+        ...
+
+    @property
+    def kept(self) -> int:
+        """The newest version of the stage on this machine's disk."""
+        ...
+
+    @property
+    def whole(self) -> int:
+        """The newest version of which all stages are."""
+        ...
+
+
+def _ignore(_: StepDone) -> None:
+    """For who does not listen."""
+
+
+@dataclass(eq=False)
+class TrainingPeer:
+    """`load` gives the tokens of samples; a peer without it holds a stage and drives nothing.
+
+    `fixed` is a stage to hold whatever the run needs. `on_step` hears of every step, and `ready` is set when the
+    first stage is held.
+    """
+
+    transport: Transport
+    plan: RunPlan
+    terms: Terms
+    workshop: Workshop
+    compute: Compute
+    event: EventSink
+    rng: Random
+    load: Load | None = None
+    fixed: int | None = None
+    on_step: Callable[[StepDone], None] = _ignore
+    ready: trio.Event = field(default_factory=trio.Event)
+    bell: Bell = field(default_factory=Bell, init=False)
+    members: Members = field(init=False)
+    gossip: Gossip = field(init=False)
+    stepper: Stepper | None = field(default=None, init=False)
+    pipeline: Pipeline | None = field(default=None, init=False)
+    service: StageService | None = field(default=None, init=False)
+    _sums: SumService | None = field(default=None, init=False)
+    _client: SumClient | None = field(default=None, init=False)
+    _states: StateService | None = field(default=None, init=False)
+    _sent_before: int = field(default=0, init=False)  # in stages held before
+    _stage: int = field(default=0, init=False)
+    _moving_to: int = field(default=-1, init=False)
+    _fetch_s: float = field(default=0.0, init=False)
+    _leaving: trio.Event = field(default_factory=trio.Event, init=False)
+
+    def __post_init__(self) -> None:
+        self.members = Members(self.transport.peer_id, self.plan.run)
+        self.gossip = Gossip(self.transport, self.plan, self.members, self.describe, self.bell, self.event)
+
+    @property
+    def me(self) -> str:
+        return self.transport.peer_id
+
+    # ---- for the rest of the node
+
+    def meet(self, address: PeerAddress) -> None:
+        """There is somebody who may train with us."""
+        self.gossip.meet(address)
+
+    async def leave(self) -> None:
+        """Finish the step and go; `run` then returns."""
+        self._leaving.set()
+        if self.stepper is not None:
+            await self.stepper.leave()
+
+    async def run(self, known: int = 0) -> None:
+        """Hold a stage, and another after each move, until `leave`. `known` peers are listened for before choosing."""
+        async with background() as tasks:
+            tasks.start_soon(self.gossip.run)
+            self._stage = self.fixed if self.fixed is not None else await self._choose(known)
+            while not self._leaving.is_set():
+                if (target := await self._hold(self._stage)) is None:
+                    break
+                self._stage, self._moving_to = target, -1
+
+    def describe(self) -> StageStatus:
+        """This peer's status as of now."""
+        stepper, service = self.stepper, self.service
+        if stepper is None or service is None:
+            status = StageStatus(run=self.plan.run, seq=0, stage=self._stage, state="joining", version=0)
+        else:
+            status = stepper.status()
+        return msgspec.structs.replace(
+            status,
+            trains=self.load is not None,
+            queue_s=min(service.queue_s, MAX_FIGURE) if service is not None else 0.0,
+            sequences_per_s=min(service.sequences_per_s, MAX_FIGURE) if service is not None else 0.0,
+            kept=self.workshop.kept,
+            whole=self.workshop.whole,
+            sent_bytes=self._sent_before + self._sent(),
+            moving_to=self._moving_to,
+            addresses=self.transport.addresses[:8],
+        )
+
+    def _sent(self) -> int:
+        parts = (self.service, self._sums, self._client, self._states)
+        return sum(part.sent_bytes for part in parts if part is not None)
+
+    # ---- which stage
+
+    async def _choose(self, known: int) -> int:
+        """Listen, choose, and choose again if somebody chose the same at the same moment and comes first."""
+        with trio.move_on_after(LISTEN_S):
+            while sum(1 for _ in self.members) - 1 < known:
+                await self.bell.after(self.bell.count)
+        stage, reason = choose_stage(self.plan, self.members, self.me)
+        self._take(stage, reason)
+        until_s = trio.current_time() + (SETTLE_S if known else 0.0)
+        while True:
+            seen = self.bell.count
+            if yields := must_yield(self.plan, self.members, self.me):
+                first = [m for m in self.members if m.status.state != "joining" or m.peer < self.me]
+                self._take(choose_stage(self.plan, first, self.me)[0], yields)
+            if trio.current_time() >= until_s:
+                return self._stage
+            with trio.move_on_at(until_s):
+                await self.bell.after(seen)
+
+    def _take(self, stage: int, reason: str) -> None:
+        self._stage = stage
+        self.event("stage.chosen", stage=stage, reason=reason)
+        self.gossip.say()
+
+    # ---- one stage
+
+    async def _hold(self, index: int) -> int | None:
+        """Train stage `index`; where to go next, or None when this peer leaves the run."""
+        holding = await self.workshop.make(index)
+        stage, state, plan = holding.stage, holding.state, self.plan
+        ledger = Ledger(stage.n_elements, state.version)
+        table = SumTable(stage.n_elements, stage.tied, state.version)
+        client = self._client = SumClient(self.transport, plan.run)
+        sums = self._sums = SumService(self.transport, plan.run, index, ledger, table, self.compute, self.bell)
+        service = self.service = StageService(
+            self.transport,
+            plan,
+            stage,
+            ledger,
+            self.members,
+            self.compute,
+            self.terms.codec,
+            self.terms.vocab_size,
+            self.event,
+            self.bell,
+            self.terms.memory_bytes,
+        )
+        states = self._states = StateService(self.transport, plan.run, index, state, self.compute, self.event)
+        reducer = Reducer(
+            self.me, index, ledger, self.compute, table, client, self.bell, holding.tied_end, counts_tied=index == 0
+        )
+        stepper = self.stepper = Stepper(
+            plan,
+            self.members,
+            self.bell,
+            self.gossip.say,
+            state,
+            reducer,
+            service,
+            partial(self._fetch_state, holding, client),
+            self.event,
+            self.terms.clip,
+            (states.after_step, partial(self.workshop.after_step, holding)),
+            self.on_step,
+            state="joining",
+        )
+        target: int | None = None
+        try:
+            async with background() as tasks:
+                service.start()
+                sums.start()
+                await tasks.start(states.run)
+                tasks.start_soon(service.run)
+                if self.load is not None:
+                    self.pipeline = self._trainer(stepper, service)
+                    tasks.start_soon(self.pipeline.run)
+                tasks.start_soon(self._open_when_ready, holding, stepper)
+                if self.fixed is None:
+                    mover = Mover(self.me, trio.current_time(), self.terms.move_every_s)
+                    tasks.start_soon(self._move, mover, stepper)
+                await stepper.run()
+                target = self._moving_to if self._moving_to >= 0 and not self._leaving.is_set() else None
+        finally:
+            self._sent_before += self._sent()
+            self.stepper = self.service = self.pipeline = None
+            self._sums = self._client = self._states = None
+            with trio.CancelScope(shield=True):
+                await self.workshop.close(holding)
+        return target
+
+    def _trainer(self, stepper: Stepper, service: StageService) -> Pipeline:
+        assert self.load is not None
+        return Pipeline(
+            self.transport,
+            self.plan,
+            self.members,
+            self.load,
+            self.bell,
+            self.event,
+            self.rng,
+            lambda: stepper.version,
+            service,
+            IN_FLIGHT,
+        )
+
+    async def _open_when_ready(self, holding: Holding, stepper: Stepper) -> None:
+        while stepper.state == "joining":
+            await self.bell.after(self.bell.count)
+        await self.workshop.open(holding)
+        self.ready.set()
+
+    async def _fetch_state(self, holding: Holding, client: SumClient, version: int | None) -> int:
+        """As `FetchState` has it: from the stage's peers, from this machine's disk, or the first weights."""
+        state, stage = holding.state, holding.stage
+        began_s = trio.current_time()
+        mates = [m for m in self.members.of_stage(stage.index, "training", "observing", "leaving") if m.peer != self.me]
+
+        async def fetch_sum(of: int, /) -> tuple[Tensor, float]:
+            peers = [m.peer for m in self.members.of_stage(stage.index) if m.peer != self.me]
+            given = await client.fetch_sum(peers, stage.index, of, 0, stage.n_elements, tied=True)
+            return given.values_N, given.scale
+
+        if version is None and mates:
+            joiner = Joiner(
+                self.transport, stage.index, state, self.compute, self.members, self.bell, fetch_sum, self.event
+            )
+            joined = await joiner.run()
+            self._fetch_s = trio.current_time() - began_s
+            self.event("stage.joined", stage=stage.index, version=joined.version, attempts=joined.attempts)
+            return state.version
+        await self.workshop.restore(holding, version)
+        donors = [(m.peer, m.version) for m in mates if version is not None and state.version < m.version <= version]
+        if donors:
+            size_bytes = state.size_bytes
+            fetched = await fetch_state(
+                self.transport, self.plan.run, stage.index, donors, self.event, fits=lambda size: size == size_bytes
+            )
+            await self.compute.run(partial(state.load, fetched.data, fetched.version))
+        self.event("stage.restored", stage=stage.index, version=state.version)
+        return state.version
+
+    async def _move(self, mover: Mover, stepper: Stepper) -> None:
+        """Look now and then whether another stage needs this peer more; if so leave this one."""
+        while True:
+            await trio.sleep(min(LOOK_S, self.terms.move_every_s))
+            if stepper.state != "training":
+                continue
+            move = mover.decide(self.plan, self.members, trio.current_time(), fetch_s=self._fetch_s)
+            if isinstance(move, Move) and await self._means_it(move):
+                await stepper.leave()
+                return
+
+    async def _means_it(self, move: Move) -> bool:
+        """Say where we go, and go unless somebody else does at the same time, or we are needed here."""
+        self._moving_to = move.target
+        self.event("stage.moving", to=move.target, reason=move.reason)
+        self.gossip.say()
+        until_s = trio.current_time() + SETTLE_S
+        while True:
+            seen = self.bell.count
+            if reason := must_go_back(self.plan, self.members, self.me):
+                self._moving_to = -1
+                self.event("stage.stays", reason=reason)
+                self.gossip.say()
+                return False
+            if trio.current_time() >= until_s:
+                return True
+            with trio.move_on_at(until_s):
+                await self.bell.after(seen)

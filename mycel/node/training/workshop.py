@@ -1,0 +1,178 @@
+"""A stage of a real model: from weights and checkpoints on this machine to a stage that trains and answers.
+
+What a `TrainingPeer` is given in life. The inference that a node offers meanwhile runs on the very parameters that are
+trained; with learned bottlenecks at the borders there is none.
+
+Ring: shell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import trio
+
+from mycel.node.announcer import Announcer
+from mycel.node.events import EventSink
+from mycel.node.station import Station
+from mycel.node.training.checkpoint_files import CheckpointPlace
+from mycel.node.training.checkpoint_layout import StageFiles
+from mycel.node.training.checkpoint_read import newest, read_stage
+from mycel.node.training.checkpoints import Checkpointer, is_due, on_thread
+from mycel.node.training.optimizer import FlatState
+from mycel.node.training.peer import Holding
+from mycel.node.training.reducing import TiedEnd
+from mycel.node.training.stage import TorchStage
+from mycel.node.training.stage_layout import StageLayout, stage_layout
+from mycel.protocols.errors import ConfigError
+from mycel.swarm.placement import show_bytes
+from mycel.swarm.training.plan import RunPlan
+from mycel.swarm.training.recipe import Recipe
+
+__all__ = ["TorchWorkshop", "stage_bytes"]
+
+T = TypeVar("T")
+
+# Parameters, gradient, its sum on the lattice, two moments, the sums of two steps, and a copy of the state for whoever
+# fetches it: 4 + 4 + 8 + 8 + 8 + 12 bytes. Activations come on top.
+_BYTES_PER_PARAMETER = 44
+
+
+def stage_bytes(layout: StageLayout) -> int:
+    """Memory that a stage takes besides its activations."""
+    return layout.n_elements * _BYTES_PER_PARAMETER
+
+
+@dataclass(eq=False)
+class TorchWorkshop:
+    """For one node and one run. `fetch` brings the first weights of blocks [start, end) here if they are not."""
+
+    station: Station
+    announcer: Announcer
+    plan: RunPlan
+    recipe: Recipe
+    place: CheckpointPlace
+    memory_bytes: int
+    fetch: Callable[[int, int], Awaitable[None]]
+    event: EventSink
+    _checkpointer: Checkpointer | None = field(default=None, init=False)
+    _writing: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
+    # Set by whoever runs the node: where background work belongs.
+    tasks: trio.Nursery | None = None
+
+    @property
+    def directory(self) -> Path:
+        return self.station.model.directory
+
+    @property
+    def checkpointer(self) -> Checkpointer | None:
+        """Of the stage that is held now."""
+        return self._checkpointer
+
+    @property
+    def kept(self) -> int:
+        return self._checkpointer.kept if self._checkpointer is not None else 0
+
+    @property
+    def whole(self) -> int:
+        return self._checkpointer.whole if self._checkpointer is not None else 0
+
+    def layout(self, index: int) -> StageLayout:
+        """Of any stage of the run, without its weights."""
+        return stage_layout(self.directory, self.plan, index, self.recipe.border)
+
+    async def make(self, index: int) -> Holding:
+        start, end = self.plan.spans[index]
+        layout = await self._on_compute(lambda: self.layout(index))
+        if (needed := stage_bytes(layout)) > self.memory_bytes:
+            may = show_bytes(self.memory_bytes)
+            raise ConfigError(
+                f"not enough memory: stage {index} takes {show_bytes(needed)} to train, {may} may be used"
+            )
+        self.station.claim(start, end)
+        await self.announcer.say()
+        await self.fetch(start, end)
+        holding = await self._on_compute(lambda: self._load(index))
+        self._checkpointer = Checkpointer(
+            self.place,
+            self.files(index, layout),
+            partial(is_due, self.recipe.checkpoint, n_steps=self.plan.n_steps),
+            event=self.event,
+        )
+        return holding
+
+    def files(self, index: int, layout: StageLayout) -> StageFiles:
+        return StageFiles(index, self.plan.n_stages, layout.tensors, layout.tied)
+
+    def _load(self, index: int) -> Holding:
+        stage = TorchStage.load(self.directory, self.plan, index, self.recipe)
+        recipe = self.recipe
+        state = FlatState(stage.params_P, stage.decay_end, recipe.optimizer, recipe.schedule, self.plan.n_steps)
+        if stage.tied is None:
+            return Holding(stage, state)
+        other = self.plan.n_stages - 1 - index
+        tied = self.layout(other).tied
+        assert tied is not None, "a table is tied at both ends"
+        return Holding(stage, state, TiedEnd(other, tied[0]))
+
+    async def restore(self, holding: Holding, version: int | None) -> None:
+        index, state = holding.stage.index, holding.state
+        assert self._checkpointer is not None
+        assert isinstance(state, FlatState)
+        found = await on_thread(lambda check: newest(self.place.directory, self.plan.run, check, at_most=version))
+        for reason in found.passed_over:
+            self.event("checkpoint.passed_over", reason=reason)
+        checkpoint = found.checkpoint
+        if checkpoint is not None:
+            files = self.files(index, await self._on_compute(lambda: self.layout(index)))
+            at, data = await on_thread(lambda check: read_stage(checkpoint, files, check))
+            await self._on_compute(lambda: state.load(data, at))
+            self._checkpointer.kept = self._checkpointer.whole = at
+        elif state.version:
+            await self._on_compute(lambda: self._reset(index, state))
+
+    def _reset(self, index: int, state: FlatState) -> None:
+        """Back to the weights that the run began with."""
+        first = TorchStage.load(self.directory, self.plan, index, self.recipe).params_P
+        data = bytearray(state.size_bytes)  # moments are zero at the beginning
+        torch.frombuffer(data, dtype=torch.float32)[: first.numel()] = first
+        state.load(memoryview(data), 0)
+
+    async def open(self, holding: Holding) -> None:
+        assert isinstance(holding.stage, TorchStage)
+        assert self._checkpointer is not None
+        assert self.tasks is not None
+        self._writing = trio.CancelScope()
+        self.tasks.start_soon(self._write, self._checkpointer, self._writing)
+        try:
+            span = holding.stage.span()
+        except ConfigError as error:
+            self.event("serving.off", reason=str(error))
+            return
+        await self.station.open(span)
+        await self.announcer.say()
+
+    async def _write(self, checkpointer: Checkpointer, scope: trio.CancelScope) -> None:
+        with scope:
+            await checkpointer.run()
+
+    async def after_step(self, holding: Holding, version: int) -> None:
+        assert self._checkpointer is not None
+        await self._checkpointer.after_step(version, holding.state, self.station.compute)
+
+    async def close(self, holding: Holding) -> None:
+        self._writing.cancel()
+        await self.station.close(self.station.config.leave_s)
+
+    async def settled(self) -> None:
+        """Return once nothing that was taken for a checkpoint waits to be written."""
+        if self._checkpointer is not None:
+            await self._checkpointer.settled()
+
+    async def _on_compute(self, job: Callable[[], T]) -> T:
+        return (await self.station.compute.run(job)).value
