@@ -30,6 +30,7 @@ from mycel.swarm.training.progress import progress_line
 
 if TYPE_CHECKING:
     from mycel.cli.processes import LocalNetwork, LocalNode
+    from mycel.protocols.messages import SamplingParams
 
 PER_STAGE = 2
 BOUND = 0.02
@@ -55,7 +56,7 @@ def demo_training(recipe_file: Path, directory: Path) -> None:
 async def _story(calm: TrainingPlan, rough: TrainingPlan) -> None:
     n_stages, n_steps = rough.recipe.stages, rough.n_steps
     what = f"{counted(n_steps, 'step')} of {rough.recipe.step.batch_tokens:,} tokens"
-    _step(f"first, for comparison, {what} left in peace: {counted(calm.n_nodes, 'process')}, one for each stage")
+    _step(f"first, for comparison, {what} left in peace: {calm.n_nodes} processes, one for each stage")
     undisturbed = await _train(calm)
     _step(f"the same run with {rough.n_nodes} processes, {PER_STAGE} for each of {counted(n_stages, 'stage')}")
     run = DisturbedRun(rough, {record.step: record for record in undisturbed})
@@ -205,12 +206,15 @@ class DisturbedRun:
         from mycel.node.client import connect
         from mycel.protocols.messages import SamplingParams
 
+        # Greedily, a model this young says blanks.
+        sampling = SamplingParams(temperature=0.8, top_p=0.95, repetition_penalty=1.1, seed=1)
+
         _step(f'the swarm continues "{PROMPT}" with what it has just learned')
         newest = newest_checkpoint(self.plan.checkpoints)
         assert newest is not None, "the run was followed until its last checkpoint"
         async with connect(nodes[-1].serving.invite, cache_dir=self.plan.directory / "client") as model:
             async with model.generate(
-                PROMPT, max_new_tokens=N_TOKENS, sampling=SamplingParams(), patience_s=_PATIENCE_S
+                PROMPT, max_new_tokens=N_TOKENS, sampling=sampling, patience_s=_PATIENCE_S
             ) as generation:
                 write(PROMPT)
                 await stream_text(generation)
@@ -218,7 +222,7 @@ class DisturbedRun:
             say(summary(generation.trace))
             prompt, ends = model.encode(PROMPT), model.manifest.eos_token_ids
             n_blocks = model.manifest.n_blocks
-        alone = await trio.to_thread.run_sync(lambda: _reference(newest[1], n_blocks, prompt, ends))
+        alone = await trio.to_thread.run_sync(lambda: _reference(newest[1], n_blocks, prompt, sampling, ends))
         if alone != tuple(generation.tokens):
             raise CommandFailedError(f"the checkpoint {newest[1].name} continues it otherwise")
         _table([f"the checkpoint {newest[1].name} says the same in one process"])
@@ -294,14 +298,15 @@ def _shown(loss: float | None) -> str:
     return "?" if loss is None else f"{loss:.6f}"
 
 
-def _reference(checkpoint: Path, n_blocks: int, prompt: Sequence[int], ends: Sequence[int]) -> tuple[int, ...]:
+def _reference(
+    checkpoint: Path, n_blocks: int, prompt: Sequence[int], sampling: SamplingParams, ends: Sequence[int]
+) -> tuple[int, ...]:
     import torch
 
     from mycel.node.reference import Reference
-    from mycel.protocols.messages import SamplingParams
 
     torch.set_num_threads(1)
-    return Reference(checkpoint, n_blocks, "float32").generate(prompt, N_TOKENS, SamplingParams(), ends)
+    return Reference(checkpoint, n_blocks, "float32").generate(prompt, N_TOKENS, sampling, ends)
 
 
 def _draw(calm: Sequence[StepMetrics], rough: Sequence[StepMetrics]) -> None:

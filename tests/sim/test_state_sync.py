@@ -12,7 +12,9 @@ import torch
 import trio
 from torch import Tensor
 
-from mycel.node.training.state_join import MAX_ATTEMPTS, Joined, Joiner
+from mycel.node.training import state_join
+from mycel.node.training.state_fetch import MAX_DONORS
+from mycel.node.training.state_join import Joined, Joiner
 from mycel.protocols.errors import PeerError, PeerRefused
 from mycel.protocols.ids import STATE
 from mycel.protocols.training import StageState, StageStatus
@@ -151,6 +153,16 @@ def test_a_run_that_stands_still_is_taken_up_as_it_is() -> None:
     stage_scenario(body, "a", "b")
 
 
+def test_of_many_peers_a_few_are_asked() -> None:
+    async def body(stage: RunningStage) -> None:
+        joined = await stage.join()
+        assert (joined.attempts, joined.confirmed) == (1, True)
+        assert sum(state.snapshots for state in stage.rig.states.values()) == MAX_DONORS
+        assert stage.right_at(7)
+
+    stage_scenario(body, *(f"d{i}" for i in range(2 * MAX_DONORS + 1)))
+
+
 def test_a_liar_a_silent_one_and_a_death_in_the_middle() -> None:
     async def body(stage: RunningStage) -> None:
         rig = stage.rig
@@ -210,12 +222,14 @@ def test_lost_sums_mean_another_version() -> None:
     stage_scenario(body, "a", "b", every_s=0.2)
 
 
-def test_sums_that_are_never_to_be_had_end_it_with_the_reason() -> None:
+def test_sums_that_are_never_to_be_had_end_it_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_join, "MAX_ATTEMPTS", 3)
+
     async def body(stage: RunningStage) -> None:
         stage.lost_sums = set(range(1000))
         with pytest.raises(PeerError, match=r"the sum of step \d+ cannot be had: nobody keeps"):
             await stage.join()
-        assert sum(name == "state.retry" for name, _ in stage.rig.events) == MAX_ATTEMPTS
+        assert sum(name == "state.retry" for name, _ in stage.rig.events) == 3
 
     stage_scenario(body, "a", "b", every_s=0.25)
 

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from mycel.node.training.founding import plan_of
 from mycel.node.training.optimizer import FlatState
-from mycel.node.training.peer import Holding, Terms, TrainingPeer
+from mycel.node.training.peer import Terms, TrainingPeer
 from mycel.node.training.reducing import TiedEnd
 from mycel.node.training.stage import TorchStage
 from mycel.node.training.stage_layout import stage_layout
 from mycel.node.training.stepping import StepDone
+from mycel.node.training.workshop_port import Holding
 from mycel.protocols.messages import PeerAddress
 from mycel.swarm.training.bell import Bell
 from mycel.swarm.training.plan import RunPlan
@@ -85,6 +86,15 @@ class Shop:
 
     def __init__(self, directory: Path, plan: RunPlan, recipe: Recipe, states: dict[int, list[FlatState]]) -> None:
         self.directory, self.plan, self.recipe, self.states = directory, plan, recipe, states
+
+    async def choose(self, index: int) -> None: ...
+    async def store(self, holding: Holding, version: int, data: memoryview) -> None: ...
+
+    async def archived(self, stage: int, version: int) -> tuple[memoryview, bytes] | None:
+        return None
+
+    def is_due(self, version: int) -> bool:
+        return False
 
     async def make(self, index: int) -> Holding:
         await trio.lowlevel.checkpoint()

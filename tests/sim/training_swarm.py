@@ -1,27 +1,50 @@
 """A run of toy stages whose peers are whole `TrainingPeer`s, in a world where they can be killed, cut off and started.
 
-Each machine has a disk that outlives its process. Every step of every peer is noted, and `check` holds what must never
-be broken: one hash of parameters for each stage and version, the reference's own.
+Each machine has a disk that outlives its process. Every step of every peer is noted, and what must never be broken is
+held against it: a sum is made of each number exactly once (looked at before anything is summed up), and each stage has
+one hash of parameters at each version, the reference's own (`check`).
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
 import torch
 import trio
 
-from mycel.node.training.peer import Holding, Terms, TrainingPeer
-from mycel.node.training.reducing import TiedEnd
+from mycel.node.training.peer import Terms, TrainingPeer
+from mycel.node.training.reducing import Pull, Reducer, TiedEnd
+from mycel.node.training.stage_port import Backpass
 from mycel.node.training.stepping import StepDone
+from mycel.node.training.workshop_port import Holding
 from mycel.protocols.messages import PeerAddress
 from mycel.swarm.training.bell import Bell
 from mycel.swarm.training.plan import RunPlan
+from mycel.swarm.training.step import Reduce
 from tests.sim.compute import SimCompute
 from tests.sim.toy_stage import TABLE, VOCAB, ToyReference, ToySamples, ToyStage, ToyState
 from tests.sim.transport import SimTransport
 from tests.sim.world import World
+
+
+@dataclass(eq=False, kw_only=True)
+class NotedStage(ToyStage):
+    """Tells of every pass when it is over: after its cost, before anybody hears of its result."""
+
+    note: Callable[[str], None]
+
+    def forward(self, work: bytes, tokens_BT1: torch.Tensor, input_BTW: torch.Tensor | None) -> torch.Tensor:
+        self.note("forward")
+        return super().forward(work, tokens_BT1, input_BTW)
+
+    def backward(
+        self, work: bytes, tokens_BT1: torch.Tensor, input_BTW: torch.Tensor | None, grad_BTW: torch.Tensor | None
+    ) -> Backpass:
+        self.note("backward")
+        return super().backward(work, tokens_BT1, input_BTW, grad_BTW)
 
 
 @dataclass(eq=False)
@@ -32,16 +55,38 @@ class ToyWorkshop:
     tied: bool
     every: int
     disk: dict[tuple[int, int], bytes]
+    opened: Callable[[], None]
+    note: Callable[[str], None]
+    pass_s: float = 0.01
     kept: int = 0
 
     @property
     def whole(self) -> int:
-        return 0
+        stages = range(self.plan.n_stages)
+        versions = {version for _, version in self.disk}
+        return max((v for v in versions if all((stage, v) in self.disk for stage in stages)), default=0)
+
+    async def choose(self, index: int) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def store(self, holding: Holding, version: int, data: memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        self.disk[holding.stage.index, version] = bytes(data)
+        self.kept = max(self.kept, version)
+
+    async def archived(self, stage: int, version: int) -> tuple[memoryview, bytes] | None:
+        await trio.lowlevel.checkpoint()
+        if (data := self.disk.get((stage, version))) is None:
+            return None
+        return memoryview(data), hashlib.sha256(data[: len(data) // 2]).digest()
+
+    def is_due(self, version: int) -> bool:
+        return bool(self.every) and version % self.every == 0
 
     async def make(self, index: int) -> Holding:
         await trio.lowlevel.checkpoint()
         state = ToyState(self.plan, index, tied=self.tied)
-        stage = ToyStage(self.plan, index, state)
+        stage = NotedStage(self.plan, index, state, self.pass_s, 2 * self.pass_s, note=self.note)
         end: TiedEnd | None = None
         if stage.tied is not None:
             other = self.plan.n_stages - 1 - index
@@ -58,10 +103,11 @@ class ToyWorkshop:
 
     async def open(self, holding: Holding) -> None:
         await trio.lowlevel.checkpoint()
+        self.opened()
 
     async def after_step(self, holding: Holding, version: int) -> None:
         await trio.lowlevel.checkpoint()
-        if self.every and version % self.every == 0:
+        if self.is_due(version):
             self.disk[holding.stage.index, version] = bytes(holding.state.snapshot())
             self.kept = version
 
@@ -69,9 +115,19 @@ class ToyWorkshop:
         pass
 
 
+@dataclass(frozen=True)
+class Told:
+    """An event of a peer."""
+
+    at_s: float
+    name: str
+    what: str
+    fields: dict[str, object]
+
+
 @dataclass
 class TrainingSwarm:
-    """Peers by name. `reference` is the same run in one place."""
+    """Peers by name. `reference` is the same run in one place; a forward takes `pass_s`, a backward twice that."""
 
     world: World
     plan: RunPlan
@@ -79,12 +135,17 @@ class TrainingSwarm:
     tied: bool = False
     every: int = 0
     move_every_s: float = 300.0
+    pass_s: float = 0.01
     peers: dict[str, TrainingPeer] = field(default_factory=dict)
     disks: dict[str, dict[tuple[int, int], bytes]] = field(default_factory=dict)
     # (stage, version) -> hash -> who had it
     seen: dict[tuple[int, int], dict[bytes, set[str]]] = field(default_factory=dict)
+    # (stage, version) -> the sets of numbers that were summed up, by whoever summed up
+    summed: dict[tuple[int, int], list[tuple[int, ...]]] = field(default_factory=dict)
+    # Rung by every event and every step of anybody.
     moved: Bell = field(default_factory=Bell)
     made: list[tuple[float, str, int, StepDone]] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)
 
     def start(self, name: str, *, stage: int | None = None, trains: bool = True, slowness: float = 1.0) -> TrainingPeer:
         """A peer that knows who is there, as a directory would tell it. After a crash it comes again with its disk."""
@@ -92,7 +153,16 @@ class TrainingSwarm:
         transport = self.world.restart(name) if again else self.world.add_node(name)
         if slowness != 1.0:
             self.world.slow(name, slowness)
-        workshop = ToyWorkshop(self.plan, self.tied, self.every, self.disks.setdefault(name, {}))
+
+        def opened() -> None:
+            assert peer.stepper is not None
+            self._watch_sums(peer.stepper.reducer)
+
+        def note(what: str) -> None:
+            self.world.record(what, name)
+
+        disk = self.disks.setdefault(name, {})
+        workshop = ToyWorkshop(self.plan, self.tied, self.every, disk, opened, note, self.pass_s)
         samples = ToySamples(self.plan.n_tokens)
 
         async def load(first: int, count: int) -> torch.Tensor:
@@ -101,14 +171,16 @@ class TrainingSwarm:
 
         def event(what: str, /, **fields: object) -> None:
             self.world.record(what, name, *(f"{key}={value}" for key, value in fields.items()))
+            self.told.append(Told(trio.current_time(), name, what, fields))
+            self.moved.ring()
 
         def on_step(done: StepDone) -> None:
             stepper = peer.stepper
             assert stepper is not None
             self.made.append((trio.current_time(), name, stepper.reducer.stage, done))
             key = (stepper.reducer.stage, done.version)
-            self.moved.ring()
             self.seen.setdefault(key, {}).setdefault(stepper.params, set()).add(name)
+            self.moved.ring()
 
         peer = TrainingPeer(
             transport,
@@ -122,6 +194,7 @@ class TrainingSwarm:
             stage,
             on_step,
         )
+        peer.gossip.unix_time_s = self.world.unix_time_s
         others = [node for node in self.world.nodes() if node.name != name and not node.crashed]
 
         async def main(transport: SimTransport) -> None:
@@ -129,16 +202,50 @@ class TrainingSwarm:
                 if other.name in self.peers:
                     peer.meet(PeerAddress(other.peer_id, other.addresses))
             await peer.run(len(others))
+            event("peer.left")
+            self.world.crash(name)  # the process ends
 
         self.peers[name] = peer
         self.world.start(name, main)
         return peer
 
+    def fill(self, per_stage: int, *, trains: bool = True) -> None:
+        """Peers a0, a1, ... of stage 0, 1, ..., then b0, b1, ..."""
+        for letter in "abcdefgh"[:per_stage]:
+            for stage in range(self.plan.n_stages):
+                self.start(f"{letter}{stage}", stage=stage, trains=trains)
+
+    def _watch_sums(self, reducer: Reducer) -> None:
+        """Look at what is summed up before it is: each number once, and no number missing."""
+        do = reducer.do
+
+        async def watched(pull: Pull) -> None:
+            if isinstance(pull, Reduce):
+                sets = tuple(counted for _, counted in pull.sources)
+                step = f"step {reducer.table.version} of stage {reducer.stage}"
+                assert sum(bits.bit_count() for bits in sets) == self.plan.n_microbatches, f"{step}: {pull.sources}"
+                assert sum(sets) == self.plan.everything, f"{step}: {pull.sources}"
+                self.summed.setdefault((reducer.stage, reducer.table.version), []).append(sets)
+            await do(pull)
+
+        reducer.do = watched  # type: ignore[method-assign]
+
     def crash(self, name: str) -> None:
         self.world.crash(name)
+        self.moved.ring()
 
     def living(self) -> list[str]:
         return [name for name in self.peers if not self.world.node(name).crashed]
+
+    def at(self, stage: int, *states: str) -> list[str]:
+        """Those who live and hold a stage, by default and train it."""
+        steppers = [(name, self.peers[name].stepper) for name in self.living()]
+        wanted = states or ("training",)
+        return [n for n, one in steppers if one is not None and one.reducer.stage == stage and one.state in wanted]
+
+    def trainers(self) -> list[int]:
+        """How many train, of each stage."""
+        return [len(self.at(stage)) for stage in range(self.plan.n_stages)]
 
     def version(self) -> int:
         """Steps that some living peer of every stage has made."""
@@ -151,14 +258,35 @@ class TrainingSwarm:
 
     async def until(self, version: int) -> None:
         """Wait until every stage has made so many steps."""
+        await self.when(lambda: self.version() >= version)
+
+    async def when(self, is_so: Callable[[], bool]) -> None:
+        """Wait; looked at whenever anybody tells anything."""
         while True:
             seen = self.moved.count
-            if self.version() >= version:
+            if is_so():
                 return
             await self.moved.after(seen)
 
+    def events(self, what: str, *, since_s: float = 0.0) -> list[Told]:
+        return [one for one in self.told if one.what == what and one.at_s >= since_s]
+
     def check(self) -> None:
+        """Every hash that anybody had, and what those who live hold now."""
         for (stage, version), hashes in self.seen.items():
             assert list(hashes) == [self.reference.digests[version][stage]], (
                 f"stage {stage}, version {version}: {hashes}"
             )
+        for name in self.living():
+            stepper = self.peers[name].stepper
+            if stepper is not None and stepper.state != "joining":
+                stage, holder = stepper.reducer.stage, stepper.holder
+                wanted = self.reference.digests[holder.version][stage]
+                assert holder.params_digest() == wanted, f"{name}, stage {stage}, version {holder.version}"
+
+    def check_all_made(self, n_steps: int) -> None:
+        """Every stage made every step up to there, each from a sum that somebody was seen to make."""
+        self.check()
+        steps = {(stage, version) for stage in range(self.plan.n_stages) for version in range(n_steps)}
+        assert {(stage, version - 1) for stage, version in self.seen} >= steps
+        assert set(self.summed) >= steps

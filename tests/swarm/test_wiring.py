@@ -89,11 +89,11 @@ def test_equal_peers_take_turns_and_chance_decides_between_equals():
     wiring = wiring_of(a=1.0, b=1.0, c=1.0)
     rounds = [tuple(sorted(chosen(wiring, 3))) for _ in range(50)]
     assert set(rounds) == {("a", "b", "c")}
-    firsts = {next(iter(chosen(Wiring_with(seed), 1))) for seed in range(20)}
+    firsts = {next(iter(chosen(drawn_with(seed), 1))) for seed in range(20)}
     assert firsts == {"a", "b"}
 
 
-def Wiring_with(seed: int) -> Wiring:  # noqa: N802 - a constructor
+def drawn_with(seed: int) -> Wiring:
     wiring = Wiring(1, Random(seed))
     wiring.set_peers(0, {"a": 0.0, "b": 0.0}, 0.0)
     return wiring

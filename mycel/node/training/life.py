@@ -16,11 +16,14 @@ import psutil
 import trio
 
 from mycel.node.announcer import Announcer
+from mycel.node.compute import DeviceCompute
 from mycel.node.config import NodeConfig
 from mycel.node.events import Say
 from mycel.node.model import Model
 from mycel.node.placing import MEMORY_SHARE, Placing
 from mycel.node.station import Station
+from mycel.node.training.archivist import Archivist
+from mycel.node.training.bottleneck import border_width
 from mycel.node.training.checkpoints import CheckpointPlace
 from mycel.node.training.dataset import TokenDataset, open_dataset
 from mycel.node.training.founding import FoundedRun, plan_of, read_recipe
@@ -28,6 +31,7 @@ from mycel.node.training.metrics import MetricsFile, StepReporter, metrics_path
 from mycel.node.training.peer import LISTEN_S, Terms, TrainingPeer
 from mycel.node.training.stepping import StepDone
 from mycel.node.training.workshop import TorchWorkshop
+from mycel.protocols.borders import border_bytes
 from mycel.protocols.errors import ConfigError, PeerError
 from mycel.protocols.messages import PeerAddress
 from mycel.swarm.manifest import RECIPE_FILE
@@ -41,6 +45,8 @@ __all__ = ["TrainingLife", "make_life", "recipe_of"]
 
 
 HURRY_S = 1.0
+# What is said of a microbatch beyond its tensors, for each stage: peers and their addresses.
+SAID_BYTES = 16 << 10
 
 
 @dataclass(eq=False)
@@ -52,12 +58,15 @@ class TrainingLife:
     reporter: StepReporter
     watch: SwarmWatch
     known: int
+    archivist: Archivist | None = None
     _over: trio.Event = field(default_factory=trio.Event, init=False)
 
     async def run(self, tasks: trio.Nursery) -> None:
         """Train until `leave`. `tasks` outlives the changes of stage."""
         self.workshop.tasks = tasks
         tasks.start_soon(self._meet)
+        if self.archivist is not None:
+            tasks.start_soon(self.archivist.run)
         try:
             await self.peer.run(self.known)
         finally:
@@ -116,8 +125,9 @@ async def make_life(
     async def fetch(start: int, end: int) -> None:
         await placing.fetch(await placing.watch.view(), start, end)
 
-    workshop = TorchWorkshop(station, announcer, plan, recipe, place, _memory_bytes(config), fetch, event)
-    terms = Terms(recipe.border.codec, recipe.optimizer.clip, model.info.vocab_size)
+    kept_bytes = _kept_bytes(plan, recipe, model.info.hidden_size)
+    workshop = TorchWorkshop(station, announcer, plan, recipe, place, _memory_bytes(config) - kept_bytes, fetch, event)
+    terms = Terms(recipe.border.codec, recipe.optimizer.clip, model.info.vocab_size, kept_bytes)
     peer = TrainingPeer(
         station.network.transport,
         plan,
@@ -128,6 +138,7 @@ async def make_life(
         Random(),
         load,
         _fixed_stage(config, plan),
+        hashing=DeviceCompute("hashing"),
     )
     reporter = StepReporter(
         plan,
@@ -144,7 +155,9 @@ async def make_life(
     others = view.without({peer.me}).peers.values()
     for other in others:
         peer.meet(PeerAddress(other.peer, other.addresses))
-    return TrainingLife(peer, workshop, reporter, placing.watch, len(others))
+    transport = station.network.transport
+    archivist = Archivist(transport, peer.members, workshop, event) if config.checkpoints is not None else None
+    return TrainingLife(peer, workshop, reporter, placing.watch, len(others), archivist)
 
 
 def recipe_of(model: Model) -> Recipe | None:
@@ -179,6 +192,13 @@ def _fixed_stage(config: NodeConfig, plan: RunPlan) -> int | None:
         spans = ", ".join(f"{start}:{end}" for start, end in plan.spans)
         raise ConfigError(f"blocks {config.blocks[0]}:{config.blocks[1]} are no stage of this run: {spans}")
     return plan.spans.index(config.blocks)
+
+
+def _kept_bytes(plan: RunPlan, recipe: Recipe, hidden_size: int) -> int:
+    """What a stage keeps of all microbatches of a step, should it be alone: less, and the step could not be made."""
+    shape = (plan.n_sequences, plan.n_tokens, border_width(recipe.border, hidden_size))
+    one_bytes = 4 * border_bytes(shape, recipe.border.codec) + 4 * plan.n_sequences * (plan.n_tokens + 1)
+    return plan.n_microbatches * (one_bytes + plan.n_stages * SAID_BYTES)
 
 
 def _memory_bytes(config: NodeConfig) -> int:

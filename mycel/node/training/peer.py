@@ -13,25 +13,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
-from typing import Protocol
 
 import msgspec
 import trio
-from torch import Tensor
 
 from mycel.node.background import background
 from mycel.node.events import EventSink
 from mycel.node.training.gossip import Gossip
 from mycel.node.training.ledger import Ledger
-from mycel.node.training.reducing import Reducer, TiedEnd
-from mycel.node.training.stage_port import StateHolder, TrainingStage
+from mycel.node.training.reducing import Reducer
 from mycel.node.training.stage_service import StageService
-from mycel.node.training.state_fetch import fetch_state
-from mycel.node.training.state_join import Joiner
 from mycel.node.training.state_service import StateService
+from mycel.node.training.state_source import StateSource
 from mycel.node.training.stepping import StepDone, Stepper
 from mycel.node.training.sum_table import SumTable
 from mycel.node.training.sums import SumClient, SumService
+from mycel.node.training.workshop_port import Holding, Workshop
 from mycel.protocols.borders import BorderCodec
 from mycel.protocols.messages import PeerAddress
 from mycel.protocols.ports import Compute, Transport
@@ -66,49 +63,6 @@ class Terms:
     move_every_s: float = PERIOD_S
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """A stage and its state, the parameters being shared by both. `tied_end` as in Reducer."""
-
-    stage: TrainingStage
-    state: StateHolder
-    tied_end: TiedEnd | None = None
-
-
-class Workshop(Protocol):
-    """Where a stage comes from, and what is done with it besides training it."""
-
-    async def make(self, index: int) -> Holding:
-        """A stage with the weights that the run began with, version 0."""
-        ...
-
-    async def restore(self, holding: Holding, version: int | None) -> None:
-        """Load the newest state that is on this machine, not after `version`; at last that of version 0."""
-        ...
-
-    async def open(self, holding: Holding) -> None:
-        """The stage has its state: it may be shown to others."""
-        ...
-
-    async def after_step(self, holding: Holding, version: int) -> None:
-        """The state is that after `version` steps, until this returns."""
-        ...
-
-    async def close(self, holding: Holding) -> None:
-        """The peer leaves this stage."""
-        ...
-
-    @property
-    def kept(self) -> int:
-        """The newest version of the stage on this machine's disk."""
-        ...
-
-    @property
-    def whole(self) -> int:
-        """The newest version of which all stages are."""
-        ...
-
-
 def _ignore(_: StepDone) -> None:
     """For who does not listen."""
 
@@ -117,8 +71,8 @@ def _ignore(_: StepDone) -> None:
 class TrainingPeer:
     """`load` gives the tokens of samples; a peer without it holds a stage and drives nothing.
 
-    `fixed` is a stage to hold whatever the run needs. `on_step` hears of every step, and `ready` is set when the
-    first stage is held.
+    `fixed` is a stage to hold whatever the run needs. `on_step` hears of every step, `hashing` is a processor beside
+    the compute thread, and `ready` is set when the first stage is held.
     """
 
     transport: Transport
@@ -131,6 +85,7 @@ class TrainingPeer:
     load: Load | None = None
     fixed: int | None = None
     on_step: Callable[[StepDone], None] = _ignore
+    hashing: Compute | None = None
     ready: trio.Event = field(default_factory=trio.Event)
     bell: Bell = field(default_factory=Bell, init=False)
     members: Members = field(init=False)
@@ -144,7 +99,6 @@ class TrainingPeer:
     _sent_before: int = field(default=0, init=False)  # in stages held before
     _stage: int = field(default=0, init=False)
     _moving_to: int = field(default=-1, init=False)
-    _fetch_s: float = field(default=0.0, init=False)
     _leaving: trio.Event = field(default_factory=trio.Event, init=False)
 
     def __post_init__(self) -> None:
@@ -208,22 +162,23 @@ class TrainingPeer:
             while sum(1 for _ in self.members) - 1 < known:
                 await self.bell.after(self.bell.count)
         stage, reason = choose_stage(self.plan, self.members, self.me)
-        self._take(stage, reason)
+        await self._take(stage, reason)
         until_s = trio.current_time() + (SETTLE_S if known else 0.0)
         while True:
             seen = self.bell.count
             if yields := must_yield(self.plan, self.members, self.me):
                 first = [m for m in self.members if m.status.state != "joining" or m.peer < self.me]
-                self._take(choose_stage(self.plan, first, self.me)[0], yields)
+                await self._take(choose_stage(self.plan, first, self.me)[0], yields)
             if trio.current_time() >= until_s:
                 return self._stage
             with trio.move_on_at(until_s):
                 await self.bell.after(seen)
 
-    def _take(self, stage: int, reason: str) -> None:
+    async def _take(self, stage: int, reason: str) -> None:
         self._stage = stage
         self.event("stage.chosen", stage=stage, reason=reason)
         self.gossip.say()
+        await self.workshop.choose(stage)
 
     # ---- one stage
 
@@ -248,9 +203,31 @@ class TrainingPeer:
             self.bell,
             self.terms.memory_bytes,
         )
-        states = self._states = StateService(self.transport, plan.run, index, state, self.compute, self.event)
+        states = self._states = StateService(
+            self.transport,
+            plan.run,
+            index,
+            state,
+            self.compute,
+            self.event,
+            hashing=self.hashing,
+            archive=self.workshop.archived,
+            always=self.workshop.is_due,
+        )
         reducer = Reducer(
             self.me, index, ledger, self.compute, table, client, self.bell, holding.tied_end, counts_tied=index == 0
+        )
+        source = StateSource(
+            self.transport,
+            plan,
+            self.members,
+            self.bell,
+            self.compute,
+            self.event,
+            holding,
+            self.workshop,
+            states,
+            client,
         )
         stepper = self.stepper = Stepper(
             plan,
@@ -260,7 +237,7 @@ class TrainingPeer:
             state,
             reducer,
             service,
-            partial(self._fetch_state, holding, client),
+            source.fetch,
             self.event,
             self.terms.clip,
             (states.after_step, partial(self.workshop.after_step, holding)),
@@ -280,7 +257,7 @@ class TrainingPeer:
                 tasks.start_soon(self._open_when_ready, holding, stepper)
                 if self.fixed is None:
                     mover = Mover(self.me, trio.current_time(), self.terms.move_every_s)
-                    tasks.start_soon(self._move, mover, stepper)
+                    tasks.start_soon(self._move, mover, stepper, source)
                 await stepper.run()
                 target = self._moving_to if self._moving_to >= 0 and not self._leaving.is_set() else None
         finally:
@@ -312,43 +289,13 @@ class TrainingPeer:
         await self.workshop.open(holding)
         self.ready.set()
 
-    async def _fetch_state(self, holding: Holding, client: SumClient, version: int | None) -> int:
-        """As `FetchState` has it: from the stage's peers, from this machine's disk, or the first weights."""
-        state, stage = holding.state, holding.stage
-        began_s = trio.current_time()
-        mates = [m for m in self.members.of_stage(stage.index, "training", "observing", "leaving") if m.peer != self.me]
-
-        async def fetch_sum(of: int, /) -> tuple[Tensor, float]:
-            peers = [m.peer for m in self.members.of_stage(stage.index) if m.peer != self.me]
-            given = await client.fetch_sum(peers, stage.index, of, 0, stage.n_elements, tied=True)
-            return given.values_N, given.scale
-
-        if version is None and mates:
-            joiner = Joiner(
-                self.transport, stage.index, state, self.compute, self.members, self.bell, fetch_sum, self.event
-            )
-            joined = await joiner.run()
-            self._fetch_s = trio.current_time() - began_s
-            self.event("stage.joined", stage=stage.index, version=joined.version, attempts=joined.attempts)
-            return state.version
-        await self.workshop.restore(holding, version)
-        donors = [(m.peer, m.version) for m in mates if version is not None and state.version < m.version <= version]
-        if donors:
-            size_bytes = state.size_bytes
-            fetched = await fetch_state(
-                self.transport, self.plan.run, stage.index, donors, self.event, fits=lambda size: size == size_bytes
-            )
-            await self.compute.run(partial(state.load, fetched.data, fetched.version))
-        self.event("stage.restored", stage=stage.index, version=state.version)
-        return state.version
-
-    async def _move(self, mover: Mover, stepper: Stepper) -> None:
+    async def _move(self, mover: Mover, stepper: Stepper, source: StateSource) -> None:
         """Look now and then whether another stage needs this peer more; if so leave this one."""
         while True:
             await trio.sleep(min(LOOK_S, self.terms.move_every_s))
             if stepper.state != "training":
                 continue
-            move = mover.decide(self.plan, self.members, trio.current_time(), fetch_s=self._fetch_s)
+            move = mover.decide(self.plan, self.members, trio.current_time(), fetch_s=source.took_s)
             if isinstance(move, Move) and await self._means_it(move):
                 await stepper.leave()
                 return

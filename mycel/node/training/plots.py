@@ -102,7 +102,7 @@ def _drawable(metrics: Sequence[StepMetrics], name: str) -> list[StepMetrics]:
 def _draw_loss(axes: Axes, metrics: Sequence[StepMetrics], color: str, label: str, width: float = 1.8) -> None:
     tokens = [record.tokens for record in metrics]
     losses = [record.loss for record in metrics if record.loss is not None]
-    span = max(1.0, _SMOOTHING * len(losses))
+    span = max(2.0, _SMOOTHING * len(losses))
     axes.plot(tokens, losses, color=color, linewidth=0.8, alpha=0.3)
     axes.plot(tokens, smoothed(losses, 1 - 1 / span), color=color, linewidth=width, label=label)
     if len(losses) == 1:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mycel.node.background import background
 from mycel.node.events import EventSink
 from mycel.node.training.stage_port import StateHolder
-from mycel.node.training.state_fetch import FetchedState, fetch_state
+from mycel.node.training.state_fetch import MAX_DONORS, FetchedState, fetch_state
 from mycel.protocols.errors import PeerError, PeerRefused, PeerTimeout, RemoteProtocolError, VerificationError
 from mycel.protocols.ports import Compute, Transport
 from mycel.swarm.training.bell import Bell
@@ -129,7 +129,7 @@ class Joiner:
                 version=version,
                 expected=self._expected,
                 # A run that steps on may have given the version to the last few only; at last a single one will do.
-                least=(len(donors) + 1) // 2 if attempt <= MAX_ATTEMPTS // 2 else 1,
+                least=(min(len(donors), MAX_DONORS) + 1) // 2 if attempt <= MAX_ATTEMPTS // 2 else 1,
             )
             try:
                 confirmed = await self._take_up(fetched)

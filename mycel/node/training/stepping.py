@@ -348,6 +348,8 @@ class Stepper:
         self._become("joining")
         await self.compute.run(lambda: self.ledger.advance(NO_VERSION))
         self.table.restart(NO_VERSION)
+        # Now, not in _adopt alone: it may be the same version again, and what is kept is of the old parameters.
+        self.work.advance(NO_VERSION)
         try:
             await self.fetch_state(version)
         except PeerError as error:

@@ -8,9 +8,9 @@ Ring: shell.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,10 +25,10 @@ from mycel.node.training.checkpoint_layout import StageFiles
 from mycel.node.training.checkpoint_read import newest, read_stage
 from mycel.node.training.checkpoints import Checkpointer, is_due, on_thread
 from mycel.node.training.optimizer import FlatState
-from mycel.node.training.peer import Holding
 from mycel.node.training.reducing import TiedEnd
 from mycel.node.training.stage import TorchStage
 from mycel.node.training.stage_layout import StageLayout, stage_layout
+from mycel.node.training.workshop_port import Holding
 from mycel.protocols.errors import ConfigError
 from mycel.swarm.placement import show_bytes
 from mycel.swarm.training.plan import RunPlan
@@ -86,6 +86,10 @@ class TorchWorkshop:
         """Of any stage of the run, without its weights."""
         return stage_layout(self.directory, self.plan, index, self.recipe.border)
 
+    async def choose(self, index: int) -> None:
+        self.station.claim(*self.plan.spans[index])
+        await self.announcer.say()
+
     async def make(self, index: int) -> Holding:
         start, end = self.plan.spans[index]
         layout = await self._on_compute(lambda: self.layout(index))
@@ -94,14 +98,13 @@ class TorchWorkshop:
             raise ConfigError(
                 f"not enough memory: stage {index} takes {show_bytes(needed)} to train, {may} may be used"
             )
-        self.station.claim(start, end)
-        await self.announcer.say()
+        await self.choose(index)
         await self.fetch(start, end)
         holding = await self._on_compute(lambda: self._load(index))
         self._checkpointer = Checkpointer(
             self.place,
             self.files(index, layout),
-            partial(is_due, self.recipe.checkpoint, n_steps=self.plan.n_steps),
+            self.is_due,
             event=self.event,
         )
         return holding
@@ -135,6 +138,27 @@ class TorchWorkshop:
             self._checkpointer.kept = self._checkpointer.whole = at
         elif state.version:
             await self._on_compute(lambda: self._reset(index, state))
+
+    async def store(self, holding: Holding, version: int, data: memoryview) -> None:
+        assert self._checkpointer is not None
+        files = self.files(holding.stage.index, await self._on_compute(lambda: self.layout(holding.stage.index)))
+        await self._checkpointer.add(files, version, data)
+
+    async def archived(self, stage: int, version: int) -> tuple[memoryview, bytes] | None:
+        try:
+            layout = await on_thread(lambda _: self.layout(stage))
+            found = await on_thread(lambda check: newest(self.place.directory, self.plan.run, check, at_most=version))
+            checkpoint = found.checkpoint
+            if checkpoint is None or checkpoint.version != version:
+                return None
+            _, data = await on_thread(lambda check: read_stage(checkpoint, self.files(stage, layout), check))
+        except ConfigError as error:
+            self.event("checkpoint.failed", version=version, stage=stage, reason=str(error))
+            return None
+        return data, await on_thread(lambda _: hashlib.sha256(data[: 4 * layout.n_elements]).digest())
+
+    def is_due(self, version: int) -> bool:
+        return is_due(self.recipe.checkpoint, version, self.plan.n_steps)
 
     def _reset(self, index: int, state: FlatState) -> None:
         """Back to the weights that the run began with."""
