@@ -100,38 +100,37 @@ def make_model(directory: Path, size: Size) -> None:
         make_tiny_tokenizer(directory)
 
 
-def write_recipe(
-    path: Path,
-    size: Size,
-    n_stages: int,
-    *,
-    model: str,
-    codec: str = "int8",
-    steps: int = ENDLESS,
-    seed: int = 0,
-    learning_rate: float = 1e-3,
-) -> Path:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a recipe says besides the sizes. `model` is a directory beside it, or "demo"."""
+
+    model: str = "model"
+    codec: str = "int8"
+    seed: int = 0
+    learning_rate: float = 1e-3
+
+
+def write_recipe(path: Path, size: Size, n_stages: int, asked: Asked) -> Path:
     """A recipe on Python's help texts, with a constant rate: what is measured must not change on the way."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f"""name = "bench"
 stages = {n_stages}
-seed = {seed}
+seed = {asked.seed}
 [model]
-path = "{model}"
+path = "{asked.model}"
 [data]
 kind = "python-topics"
 sequence = {size.sequence}
 [optimizer]
-learning_rate = {learning_rate}
+learning_rate = {asked.learning_rate}
 [schedule]
 name = "constant"
 [step]
-steps = {steps}
+steps = {ENDLESS}
 batch_tokens = {size.step_tokens}
 microbatch = {size.n_sequences}
 [border]
-codec = "{codec}"
+codec = "{asked.codec}"
 [checkpoint]
 every = 0
 """,
@@ -148,6 +147,7 @@ async def train(recipe: Path, directory: Path, n_nodes: int, n_steps: int, *, sh
     shared = ("--shape", shape) if shape else ()
     plan = plan_training(recipe, n_nodes, directory, threads=1, shared=shared)
     plan.checkpoints.mkdir(parents=True)
+    sequences = plan.recipe.step.microbatch
     wanted = (n_nodes // plan.recipe.stages,) * plan.recipe.stages
     async with local_network(directory, n_nodes, threads=1) as network:
         try:
@@ -155,7 +155,7 @@ async def train(recipe: Path, directory: Path, n_nodes: int, n_steps: int, *, sh
             founder = await network.start("start", "--train", str(plan.recipe_file), *checkpoints, *shared)
             await network.start_all([joining(plan, founder.serving.invite)] * (n_nodes - 1))
             with trio.fail_after(_PATIENCE_S):
-                while (window := window_of(_records(network, founder), wanted, n_steps)) is None:
+                while (window := window_of(_records(network, founder), wanted, n_steps, sequences)) is None:
                     check(network.nodes)
                     await trio.sleep(_LOOK_EVERY_S)
         finally:
@@ -175,7 +175,7 @@ def _records(network: LocalNetwork, founder: LocalNode) -> list[StepMetrics]:
     return read_metrics(files_of(network.directory, bytes.fromhex(founder.serving.swarm)))
 
 
-def window_of(records: Sequence[StepMetrics], wanted: tuple[int, ...], n_steps: int) -> Window | None:
+def window_of(records: Sequence[StepMetrics], wanted: tuple[int, ...], n_steps: int, n_sequences: int) -> Window | None:
     """The first `n_steps` steps in a row after those at the beginning, all of them made by `wanted` peers a stage.
 
     None while there are not so many.
@@ -187,15 +187,14 @@ def window_of(records: Sequence[StepMetrics], wanted: tuple[int, ...], n_steps: 
     if last.step - first.step != n_steps:
         raise CommandFailedError(f"between steps {first.step} and {last.step} a peer was missing")
     measured = whole[1 : n_steps + 1]
-    portion = [n * record.stages[i].sequences_per_s for record in measured for i, n in [(0, 1)]]
-    assert all(portion), "peers have measured themselves by now"
     return Window(
         n_steps,
         last.unix - first.unix,
         last.tokens - first.tokens,
         last.sent_bytes - first.sent_bytes,
         tuple(
-            fmean(wanted[i] / record.stages[i].sequences_per_s for record in measured) for i in range(len(wanted))
+            fmean(n_sequences * n_peers / record.stages[stage].sequences_per_s for record in measured)
+            for stage, n_peers in enumerate(wanted)
         ),
         tuple(record.loss for record in records if record.loss is not None),
     )

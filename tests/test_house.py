@@ -54,6 +54,19 @@ MUST_BE_PURE = (
     "mycel.swarm.liveness",
     "mycel.swarm.chaos",
     "mycel.swarm.invite",
+    "mycel.swarm.training.members",
+    "mycel.swarm.training.moving",
+    "mycel.swarm.training.numbers",
+    "mycel.swarm.training.order",
+    "mycel.swarm.training.plan",
+    "mycel.swarm.training.progress",
+    "mycel.swarm.training.recipe",
+    "mycel.swarm.training.schedule",
+    "mycel.swarm.training.stages",
+    "mycel.swarm.training.step",
+    "mycel.swarm.training.walks",
+    "mycel.swarm.training.wiring",
+    "mycel.protocols.training",
 )
 # Where most decisions live, a module has to say where it stands; in node and cli the shell is the rule.
 ROOMS_THAT_STATE_RINGS = ("protocols", "security", "dht", "swarm")

@@ -101,6 +101,15 @@ def test_an_empty_stage_comes_before_all() -> None:
     assert best_move(plan_of(3), table) == Move("a", 0, 1, "nobody holds stage 1")
 
 
+def test_before_the_first_step_somebody_goes_to_a_stage_that_nobody_holds() -> None:
+    waiting = [member(peer, stage, state="observing") for peer, stage in (("a", 0), ("b", 1), ("c", 1))]
+    move = best_move(plan_of(3), waiting)
+    assert move == Move("b", 1, 2, "nobody holds stage 2")
+    assert must_go_back(plan_of(3), [moving(waiting[1], 2), waiting[0], waiting[2]], "b") is None
+    # Where nothing is missing an observer is a newcomer, and stays one.
+    assert isinstance(best_move(plan_of(2), [waiting[0], waiting[1], waiting[2]]), Stay)
+
+
 def test_a_peer_looks_once_a_period_and_oftener_while_a_stage_is_empty() -> None:
     mover = Mover("b", 100.0)
     assert mover.decide(plan_of(3), UNEVEN, 100.0 + PERIOD_S - 1.0, fetch_s=1.0) == Stay("looks again in 1 s")
@@ -129,7 +138,7 @@ def test_of_two_that_move_at_once_the_first_goes_on() -> None:
 
 def test_a_mover_stays_when_the_others_have_died_or_the_target_has_got_help() -> None:
     alone = [moving(member("a", 0), 1), member("d", 1, 1.0)]
-    assert must_go_back(plan_of(2), alone, "a") == "stays in stage 0: nobody else trains it any more"
+    assert must_go_back(plan_of(2), alone, "a") == "stays in stage 0: nobody else holds it any more"
     helped = [moving(member("a", 0), 1), member("b", 0), member("d", 1), member("e", 1, state="joining")]
     assert must_go_back(plan_of(2), helped, "a") == "stays in stage 0: it computes less than stage 1 by now"
     assert must_go_back(plan_of(2), helped, "gone") is None

@@ -21,7 +21,7 @@ from mycel.swarm.training.members import Members
 
 __all__ = ["Archivist"]
 
-# For those who share the directory to write theirs. Peers hold the state of a checkpoint for ten times as long.
+# For those who share the directory to write theirs.
 GRACE_S = 6.0
 LOOK_S = 2.0
 
@@ -44,7 +44,9 @@ class Archivist:
             if version <= max(tried, self.workshop.whole):
                 continue
             await trio.sleep(GRACE_S)
-            tried = version
+            if self.workshop.whole >= version:
+                continue  # those who share the directory have written theirs
+            tried = version = self.workshop.kept  # the newest: peers hold few
             try:
                 await self._complete(version)
             except (PeerError, ConfigError) as error:

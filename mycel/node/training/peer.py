@@ -125,7 +125,10 @@ class TrainingPeer:
         """Hold a stage, and another after each move, until `leave`. `known` peers are listened for before choosing."""
         async with background() as tasks:
             tasks.start_soon(self.gossip.run)
-            self._stage = self.fixed if self.fixed is not None else await self._choose(known)
+            self._stage = self.fixed or 0
+            await self._listen(known)
+            if self.fixed is None:
+                await self._choose(newcomer=known > 0)
             while not self._leaving.is_set():
                 if (target := await self._hold(self._stage)) is None:
                     break
@@ -156,21 +159,24 @@ class TrainingPeer:
 
     # ---- which stage
 
-    async def _choose(self, known: int) -> int:
-        """Listen, choose, and choose again if somebody chose the same at the same moment and comes first."""
+    async def _listen(self, known: int) -> None:
+        """Until all those have spoken, or for long enough: who believes to be alone begins with what is on its disk."""
         with trio.move_on_after(LISTEN_S):
             while sum(1 for _ in self.members) - 1 < known:
                 await self.bell.after(self.bell.count)
+
+    async def _choose(self, *, newcomer: bool) -> None:
+        """Choose, and choose again if somebody chose the same at the same moment and comes first."""
         stage, reason = choose_stage(self.plan, self.members, self.me)
         await self._take(stage, reason)
-        until_s = trio.current_time() + (SETTLE_S if known else 0.0)
+        until_s = trio.current_time() + (SETTLE_S if newcomer else 0.0)
         while True:
             seen = self.bell.count
             if yields := must_yield(self.plan, self.members, self.me):
                 first = [m for m in self.members if m.status.state != "joining" or m.peer < self.me]
                 await self._take(choose_stage(self.plan, first, self.me)[0], yields)
             if trio.current_time() >= until_s:
-                return self._stage
+                return
             with trio.move_on_at(until_s):
                 await self.bell.after(seen)
 
@@ -293,7 +299,7 @@ class TrainingPeer:
         """Look now and then whether another stage needs this peer more; if so leave this one."""
         while True:
             await trio.sleep(min(LOOK_S, self.terms.move_every_s))
-            if stepper.state != "training":
+            if stepper.state not in ("training", "observing"):
                 continue
             move = mover.decide(self.plan, self.members, trio.current_time(), fetch_s=source.took_s)
             if isinstance(move, Move) and await self._means_it(move):

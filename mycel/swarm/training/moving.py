@@ -39,6 +39,8 @@ PERIOD_S = 300.0
 HASTE = 6.0
 # After a move, so many times what fetching the state takes.
 COOL_DOWN_FETCHES = 2.0
+# Who has the parameters of its stage and stays.
+_READY = ("training", "observing")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,9 @@ def best_move(plan: RunPlan, members: Iterable[Member]) -> Move | Stay:
     held = capacities(plan, table)
     waiting = _waiting(plan, table)
     target = max(range(plan.n_stages), key=lambda s: (held[s] == 0.0, waiting[s], -held[s], -s))
-    training = [member for member in table if member.status.state == "training"]
+    # Before a run's first step everybody observes, and would for ever beside an empty stage.
+    ready = _READY if held[target] == 0.0 else ("training",)
+    training = [member for member in table if member.status.state in ready]
     for source in sorted(range(plan.n_stages), key=lambda s: (waiting[s], -held[s], s)):
         movers = [member for member in training if member.stage == source]
         if source == target or len(movers) < 2:  # a stage is never emptied
@@ -107,8 +111,8 @@ def must_go_back(plan: RunPlan, members: Iterable[Member], me: str) -> str | Non
     first = next((member.peer for member in others if member.status.moving_to >= 0 and member.peer < me), None)
     if first is not None:
         return f"{back}: {short_id(first)} moves at the same time and comes first"
-    if not any(m.stage == mine.stage and m.status.state == "training" for m in others):
-        return f"{back}: nobody else trains it any more"
+    if not any(m.stage == mine.stage and m.status.state in _READY for m in others):
+        return f"{back}: nobody else holds it any more"
     held = capacities(plan, [_at_home(member) for member in others])
     if held[goal(mine)] > held[mine.stage]:
         return f"{back}: it computes less than stage {goal(mine)} by now"
