@@ -25,6 +25,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -385,8 +386,11 @@ def main() -> None:
     tell(", ".join(f"{name} {value}" for name, value in facts.items()))
     result: dict[str, Any] = {"machine": facts}
     for name in options.parts or PARTS:
+        began_s = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="mycel-train-") as temporary:
             result[name] = PARTS[name].measure(plan, Path(temporary))
+        result[name]["took_s"] = time.monotonic() - began_s
+        tell(f"{name} took {result[name]['took_s']:.0f} s")
     if options.json:
         print(json.dumps(result, indent=2))
         return

@@ -47,7 +47,7 @@ def transformers_step(founded: FoundedRun, plan: RunPlan) -> Step:
         model: Any = AutoModelForCausalLM.from_pretrained(founded.directory, dtype=torch.float32).eval()
     recipe = founded.recipe.optimizer
     parameters = list(model.parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.dim() >= 2]},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
@@ -61,7 +61,7 @@ def transformers_step(founded: FoundedRun, plan: RunPlan) -> Step:
             tokens_BT1 = samples(founded, plan, version, number)
             logits_BTV = model(input_ids=tokens_BT1[:, :-1], use_cache=False).logits
             loss = functional.cross_entropy(logits_BTV.flatten(0, 1), tokens_BT1[:, 1:].flatten(), reduction="sum")
-            (loss / plan.step_tokens).backward()
+            torch.autograd.backward(loss / plan.step_tokens)
             total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(parameters, recipe.clip)
         optimizer.step()

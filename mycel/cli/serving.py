@@ -201,7 +201,8 @@ def checkpoints_option(command: F) -> F:
         "--checkpoints",
         type=click.Path(path_type=Path, file_okay=False),
         metavar="DIR",
-        help="Of a training run: write its checkpoints here, and resume from the newest.",
+        help="Of a training run: keep whole checkpoints here, and resume from the newest. [default: who founds a run "
+        "keeps them under --data-dir]",
     )(command)
 
 

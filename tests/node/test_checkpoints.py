@@ -30,6 +30,7 @@ from mycel.node.training.checkpoints import (
     missing_parts,
     newest,
     on_thread,
+    read_part,
     read_stage,
     write_part,
 )
@@ -539,6 +540,30 @@ def test_the_newest_stay_and_leftovers_go(place):
     assert folders(place) == ["step-00000200", "step-00000300", f"step-00000301.{RUN.hex()[:16]}.partial"]
     write_all(replace(place, keep=1), 400)
     assert folders(place) == ["step-00000400"]
+
+
+def test_parts_that_never_become_whole_do_not_fill_the_disk(place):
+    stage = toy_stages()[0]
+    for version in (100, 200, 300, 400, 500):
+        write_part(place, version, stage, toy_snapshot(stage, version))
+        assert list(complete(place, version, 2)) == [1]
+    assert [name.partition(".")[0] for name in folders(place)] == ["step-00000300", "step-00000400", "step-00000500"]
+
+
+def test_a_part_can_be_read_alone_unless_its_table_is_elsewhere(place):
+    first, last = toy_stages()
+    for version in (100, 200):
+        for stage in (first, last):
+            write_part(place, version, stage, toy_snapshot(stage, version))
+    assert read_part(place, first) == (200, toy_snapshot(first, 200))
+    assert read_part(place, first, at_most=199) == (100, toy_snapshot(first, 100))
+    assert read_part(place, first, at_most=99) is None
+    assert last.borrows_table
+    assert read_part(place, last) is None
+    file = place.partial(200) / "model-00001-of-00002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(ConfigError, match="damaged"):
+        read_part(place, first)
 
 
 def test_what_comes_too_late_is_not_written(place):

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
+from random import Random
 
 import pytest
 import trio
 
 from mycel.swarm.training.members import HEARTBEAT_S
 from mycel.swarm.training.plan import RunPlan
+from mycel.swarm.training.step import RESTORE_AFTER_S
 from mycel.swarm.training.walks import STATUS_LAG_S
 from tests.sim.toy_stage import ToyReference, toy_plan, toy_reference
 from tests.sim.training_swarm import TrainingSwarm
@@ -54,7 +56,6 @@ def test_one_of_four_peers_is_killed_every_few_steps(n_steps, every, pass_s, rec
         world.record("redone", str(len(again)))
         assert len(again) <= 0.15 * n_steps, f"{len(again)} of {n_steps} steps were made with something done again"
         record_testsuite_property(f"steps_with_something_redone_of_{n_steps}", len(again))
-        print(len(again), trio.current_time(), swarm.trainers(), len(swarm.events("step.fetch")))
 
     run_world(1, main, limit_s=60.0 * n_steps)
 
@@ -91,11 +92,11 @@ def _begins(entry: list[str], wanted: tuple[str, ...]) -> bool:
     return all(said.startswith(want) for said, want in zip(entry, wanted, strict=False))
 
 
-def story(seed: int, deaths: Deaths = ()) -> Story:
+def story(seed: int, deaths: Deaths = (), *, tied: bool = False) -> Story:
     stories: list[Story] = []
 
     async def main(world: World) -> None:
-        swarm = TrainingSwarm(world, STORY, reference(STORY), pass_s=PASS_S)
+        swarm = TrainingSwarm(world, STORY, reference(STORY, tied=tied), tied, pass_s=PASS_S)
         swarm.fill(2)
 
         def die(name: str) -> None:
@@ -207,8 +208,8 @@ CELLS = [
 DOUBT_S = STATUS_LAG_S + 2 * HEARTBEAT_S
 
 
-def disturb(*deaths: tuple[float, str]) -> Story:
-    """The story with these deaths. Before them it is the same; after them it goes on about as fast."""
+def disturb(*deaths: tuple[float, str], patience_s: float = 0.0) -> Story:
+    """The story with these deaths. Before them it is the same; after them it goes on about as fast, or so much later."""
     quiet, disturbed = calm(SEED), story(SEED, deaths)
     at_s = min(at_s for at_s, _ in deaths)
 
@@ -216,8 +217,8 @@ def disturb(*deaths: tuple[float, str]) -> Story:
         return list(takewhile(lambda entry: entry[0] < at_s - 1e-6, log))
 
     assert before(quiet.log) == before(disturbed.log), "the simulation is deterministic"
-    assert [entry[2] for entry in disturbed.log if entry[1] == "crash"] == [name for _, name in sorted(deaths)]
-    assert disturbed.ended_s < quiet.ended_s + DOUBT_S
+    assert [entry[2] for entry in disturbed.log if entry[1] == "crash"] == [name for _, name in deaths]
+    assert disturbed.ended_s < quiet.ended_s + DOUBT_S + patience_s
     return disturbed
 
 
@@ -281,4 +282,13 @@ def test_somebody_dies_while_one_joins(moment: Callable[[Story], float], who: st
     donor = next(e[2] for e in quiet.log if _begins(list(e[1:]), ("frame", "", JOINER, "/mycel/state/")) and e[0] < 1)
     other = "b0" if donor == "a0" else "a0"
     deaths = {"joiner": [JOINER], "donor": [donor], "another peer of its stage": [other]}.get(who, ["a0", "b0"])
-    disturb(*((at_s, name) for name in deaths))
+    # If nobody has the stage's steps any more, all begin anew, once it is clear that nobody comes who has.
+    disturb(*((at_s, name) for name in deaths), patience_s=RESTORE_AFTER_S if len(deaths) == 2 else 0.0)
+
+
+@SLOW
+@pytest.mark.parametrize("seed", range(100, 120))
+def test_deaths_at_any_moments(seed: int) -> None:
+    rng = Random(seed)
+    names = rng.sample(["a0", "b0", "a1", "b1", JOINER], rng.randint(1, 3))
+    story(seed, tuple((rng.uniform(0.05, 1.2), name) for name in names), tied=seed % 2 == 0)

@@ -85,6 +85,7 @@ class ToyWorkshop:
 
     async def make(self, index: int) -> Holding:
         await trio.lowlevel.checkpoint()
+        self.kept = self._newest(index, None)
         state = ToyState(self.plan, index, tied=self.tied)
         stage = NotedStage(self.plan, index, state, self.pass_s, 2 * self.pass_s, note=self.note)
         end: TiedEnd | None = None
@@ -93,12 +94,15 @@ class ToyWorkshop:
             end = TiedEnd(other, 0 if other == 0 else ToyState(self.plan, other, tied=True).params_P.size - TABLE)
         return Holding(stage, state, end)
 
+    def _newest(self, index: int, at_most: int | None) -> int:
+        return max((v for s, v in self.disk if s == index and (at_most is None or v <= at_most)), default=0)
+
     async def restore(self, holding: Holding, version: int | None) -> None:
         await trio.lowlevel.checkpoint()
         index = holding.stage.index
-        there = [v for s, v in self.disk if s == index and (version is None or v <= version)]
-        self.kept = max(there, default=0)
-        data = self.disk[index, self.kept] if there else ToyState(self.plan, index, tied=self.tied).snapshot()
+        self.kept = self._newest(index, version)
+        first = ToyState(self.plan, index, tied=self.tied).snapshot()
+        data = self.disk.get((index, self.kept), first)
         holding.state.load(memoryview(bytes(data)), self.kept)
 
     async def open(self, holding: Holding) -> None:
@@ -136,6 +140,8 @@ class TrainingSwarm:
     every: int = 0
     move_every_s: float = 300.0
     pass_s: float = 0.01
+    # One disk for all, as on one machine; else everyone has its own.
+    shared: dict[tuple[int, int], bytes] | None = None
     peers: dict[str, TrainingPeer] = field(default_factory=dict)
     disks: dict[str, dict[tuple[int, int], bytes]] = field(default_factory=dict)
     # (stage, version) -> hash -> who had it
@@ -161,7 +167,7 @@ class TrainingSwarm:
         def note(what: str) -> None:
             self.world.record(what, name)
 
-        disk = self.disks.setdefault(name, {})
+        disk = self.disks.setdefault(name, {} if self.shared is None else self.shared)
         workshop = ToyWorkshop(self.plan, self.tied, self.every, disk, opened, note, self.pass_s)
         samples = ToySamples(self.plan.n_tokens)
 

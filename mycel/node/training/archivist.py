@@ -1,6 +1,6 @@
 """Makes a machine's checkpoints whole: parts of other stages are fetched from their peers and written beside its own.
 
-Where nodes share a directory each writes its stage, and nothing needs to be fetched: so it waits a while before it asks.
+Nodes that share a directory write a stage each, and nothing needs to be fetched: so it waits a while before it asks.
 
 Ring: shell.
 """

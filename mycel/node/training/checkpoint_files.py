@@ -32,6 +32,7 @@ from mycel.node.training.checkpoint_bytes import (
 )
 from mycel.node.training.checkpoint_layout import (
     INDEX_FILE,
+    ITEM_BYTES,
     MODEL_FILES,
     NOTE_FILE,
     CheckpointNote,
@@ -45,12 +46,12 @@ from mycel.node.training.checkpoint_layout import (
     state_file,
     version_of,
 )
-from mycel.node.training.checkpoint_read import whole_checkpoints
+from mycel.node.training.checkpoint_read import read_pieces, whole_checkpoints
 from mycel.node.weights_map import read_json
 from mycel.protocols.errors import ConfigError
 from mycel.swarm.manifest import MAX_SMALL_FILE_BYTES, RECIPE_FILE
 
-__all__ = ["CheckpointPlace", "complete", "missing_parts", "write_part"]
+__all__ = ["CheckpointPlace", "complete", "missing_parts", "read_part", "write_part"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,29 @@ def write_part(
         _sweep(place.whole(version))
 
 
+def read_part(
+    place: CheckpointPlace, stage: StageFiles, at_most: int | None = None, check: Check = go_on
+) -> tuple[int, memoryview] | None:
+    """(version, snapshot) of the newest part of this stage that no whole checkpoint was made of, not after `at_most`.
+
+    Verified while it is read. None if there is none that can be read alone: the last stage of a tied model borrows its
+    table from the first one's file. Raises ConfigError if one is damaged.
+    """
+    if stage.borrows_table:
+        return None
+    for version, folder in sorted(place.partials(), reverse=True):
+        if at_most is not None and version > at_most:
+            continue
+        part = _part_there(place, version, stage.index, stage.n_stages)
+        if isinstance(part, str):
+            continue
+        snapshot = memoryview(bytearray((1 + part.moments) * stage.n_elements * ITEM_BYTES))
+        for file, pieces in stage.contents(part.moments).items():
+            read_pieces(folder / file, pieces, part.files[file], snapshot, check)
+        return version, snapshot
+    return None
+
+
 def missing_parts(place: CheckpointPlace, version: int, n_stages: int) -> dict[int, str]:
     """The stages whose parts at `version` are not on disk, and why; none if a checkpoint as new is whole."""
     if _overtaken(place, version):
@@ -155,8 +179,7 @@ def complete(place: CheckpointPlace, version: int, n_stages: int, check: Check =
             raise
         _sweep(place.whole(version))
         missing = {}
-    if not missing:
-        _prune(place)
+    _prune(place)
     return missing
 
 
@@ -277,11 +300,13 @@ def _overtaken(place: CheckpointPlace, version: int) -> bool:
 
 
 def _prune(place: CheckpointPlace) -> None:
-    """Remove whole checkpoints beyond the newest `keep`, and parts of what never became whole and never will."""
+    """Remove whole checkpoints beyond the newest `keep`, and parts that are older than those or too many."""
     whole = whole_checkpoints(place.directory, place.run)
     old = [path for _, path in whole[place.keep :]]
-    if whole:
-        old += [path for version, path in place.partials() if version <= whole[0][0]]
+    partials = sorted(place.partials(), reverse=True)
+    newest_whole = whole[0][0] if whole else 0
+    # One more stays than of whole ones: others may still write theirs of the last but one.
+    old += [path for at, (version, path) in enumerate(partials) if version <= newest_whole or at > place.keep]
     for path in old:
         # Another name first, so that nobody takes what is half removed for damaged. Another process may be faster.
         with disk_errors("remove", path), contextlib.suppress(FileNotFoundError):

@@ -30,7 +30,7 @@ from mycel.node.training.checkpoint_layout import (
 )
 from mycel.protocols.errors import ConfigError
 
-__all__ = ["Checkpoint", "Found", "newest", "read_stage", "whole_checkpoints"]
+__all__ = ["Checkpoint", "Found", "newest", "read_pieces", "read_stage", "whole_checkpoints"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def read_stage(checkpoint: Checkpoint, stage: StageFiles, check: Check = go_on) 
         raise ConfigError(f"{checkpoint.path} has {note.n_stages} stages, not {stage.n_stages}")
     snapshot = memoryview(bytearray((1 + note.moments) * stage.n_elements * ITEM_BYTES))
     for file, pieces in stage.contents(note.moments).items():
-        _read_pieces(checkpoint.path / file, pieces, note.files[file], snapshot, check)
+        read_pieces(checkpoint.path / file, pieces, note.files[file], snapshot, check)
     if stage.borrows_table and stage.tied is not None:
         file = model_file(0, stage.n_stages)
         verify_files(checkpoint.path, {file: note.files[file]}, check)
@@ -122,7 +122,7 @@ def read_stage(checkpoint: Checkpoint, stage: StageFiles, check: Check = go_on) 
     return note.version, snapshot
 
 
-def _read_pieces(path: Path, pieces: tuple[Piece, ...], expected: FileNote, snapshot: memoryview, check: Check) -> None:
+def read_pieces(path: Path, pieces: tuple[Piece, ...], expected: FileNote, snapshot: memoryview, check: Check) -> None:
     """Fill `snapshot` from a file that holds exactly these. The header is compared, never parsed."""
     header = safetensors_header(pieces)
     digest = hashlib.sha256(header)

@@ -15,7 +15,7 @@ import trio
 
 from mycel.node.events import EventSink, no_events
 from mycel.node.training.checkpoint_bytes import Check
-from mycel.node.training.checkpoint_files import CheckpointPlace, complete, missing_parts, write_part
+from mycel.node.training.checkpoint_files import CheckpointPlace, complete, missing_parts, read_part, write_part
 from mycel.node.training.checkpoint_layout import StageFiles
 from mycel.node.training.checkpoint_read import Checkpoint, Found, newest, read_stage, whole_checkpoints
 from mycel.node.training.stage_port import StateHolder
@@ -34,6 +34,7 @@ __all__ = [
     "is_due",
     "missing_parts",
     "newest",
+    "read_part",
     "read_stage",
     "write_part",
 ]

@@ -156,7 +156,9 @@ async def make_life(
     for other in others:
         peer.meet(PeerAddress(other.peer, other.addresses))
     transport = station.network.transport
-    archivist = Archivist(transport, peer.members, workshop, event) if config.checkpoints is not None else None
+    # Who founds a run keeps it: without a whole checkpoint anywhere it could not be taken up again.
+    keeps = config.checkpoints is not None or founded is not None
+    archivist = Archivist(transport, peer.members, workshop, event) if keeps else None
     return TrainingLife(peer, workshop, reporter, placing.watch, len(others), archivist)
 
 

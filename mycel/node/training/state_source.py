@@ -50,7 +50,8 @@ class StateSource:
         mates = [
             m for m in self.members.of_stage(stage, "training", "observing", "leaving") if m.peer != self.members.me
         ]
-        if version is None and mates:
+        # Who is back before all others may have lost its disk: what is on ours may be newer than what they have.
+        if version is None and max((m.version for m in mates), default=-1) >= self.workshop.kept:
             await self._join()
         else:
             await self.workshop.restore(self.holding, version)

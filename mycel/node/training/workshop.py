@@ -20,9 +20,9 @@ import trio
 from mycel.node.announcer import Announcer
 from mycel.node.events import EventSink
 from mycel.node.station import Station
-from mycel.node.training.checkpoint_files import CheckpointPlace
+from mycel.node.training.checkpoint_files import CheckpointPlace, read_part
 from mycel.node.training.checkpoint_layout import StageFiles
-from mycel.node.training.checkpoint_read import newest, read_stage
+from mycel.node.training.checkpoint_read import newest, read_stage, whole_checkpoints
 from mycel.node.training.checkpoints import Checkpointer, is_due, on_thread
 from mycel.node.training.optimizer import FlatState
 from mycel.node.training.reducing import TiedEnd
@@ -101,13 +101,18 @@ class TorchWorkshop:
         await self.choose(index)
         await self.fetch(start, end)
         holding = await self._on_compute(lambda: self._load(index))
-        self._checkpointer = Checkpointer(
-            self.place,
-            self.files(index, layout),
-            self.is_due,
-            event=self.event,
-        )
+        files = self.files(index, layout)
+        checkpointer = self._checkpointer = Checkpointer(self.place, files, self.is_due, event=self.event)
+        checkpointer.kept = await self._kept_here(files)
         return holding
+
+    async def _kept_here(self, files: StageFiles) -> int:
+        """The version that `restore` would give; of a whole checkpoint by its note alone."""
+        whole = await on_thread(lambda _: whole_checkpoints(self.place.directory, self.plan.run))
+        if whole:
+            return whole[0][0]
+        part = await self._own_part(files, None)
+        return part[0] if part is not None else 0
 
     def files(self, index: int, layout: StageLayout) -> StageFiles:
         return StageFiles(index, self.plan.n_stages, layout.tensors, layout.tied)
@@ -124,20 +129,34 @@ class TorchWorkshop:
         return Holding(stage, state, TiedEnd(other, tied[0]))
 
     async def restore(self, holding: Holding, version: int | None) -> None:
-        index, state = holding.stage.index, holding.state
-        assert self._checkpointer is not None
+        index, state, checkpointer = holding.stage.index, holding.state, self._checkpointer
+        assert checkpointer is not None
         assert isinstance(state, FlatState)
+        files = self.files(index, await self._on_compute(lambda: self.layout(index)))
         found = await on_thread(lambda check: newest(self.place.directory, self.plan.run, check, at_most=version))
         for reason in found.passed_over:
             self.event("checkpoint.passed_over", reason=reason)
         checkpoint = found.checkpoint
-        if checkpoint is not None:
-            files = self.files(index, await self._on_compute(lambda: self.layout(index)))
-            at, data = await on_thread(lambda check: read_stage(checkpoint, files, check))
+        checkpointer.whole = checkpoint.version if checkpoint is not None else 0
+        here: tuple[int, memoryview] | None = None
+        if checkpoint is None or (version is not None and checkpoint.version < version):
+            # Of no use to a run that begins anew unless nobody has anything whole; but others may wait for this step.
+            here = await self._own_part(files, version)
+        if checkpoint is not None and (here is None or here[0] < checkpoint.version):
+            here = await on_thread(lambda check: read_stage(checkpoint, files, check))
+        checkpointer.kept = here[0] if here is not None else 0
+        if here is not None:
+            at, data = here
             await self._on_compute(lambda: state.load(data, at))
-            self._checkpointer.kept = self._checkpointer.whole = at
         elif state.version:
             await self._on_compute(lambda: self._reset(index, state))
+
+    async def _own_part(self, files: StageFiles, version: int | None) -> tuple[int, memoryview] | None:
+        try:
+            return await on_thread(lambda check: read_part(self.place, files, version, check))
+        except ConfigError as error:
+            self.event("checkpoint.passed_over", reason=str(error))
+            return None
 
     async def store(self, holding: Holding, version: int, data: memoryview) -> None:
         assert self._checkpointer is not None

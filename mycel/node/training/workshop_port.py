@@ -31,7 +31,7 @@ class Workshop(Protocol):
         ...
 
     async def make(self, index: int) -> Holding:
-        """A stage with the weights that the run began with, version 0."""
+        """A stage with the weights that the run began with, version 0. `kept` then says what is on the disk."""
         ...
 
     async def restore(self, holding: Holding, version: int | None) -> None:

@@ -166,7 +166,7 @@ class Walk:
     """One microbatch. Told of everything that is heard about it, it says in `decide` what to do.
 
     Facts outlive turns: `_inputs`, `_done` are the peers of each stage that have the microbatch's input, and that have
-    done its backward; `_said` when a peer said so. The rest is about the present turn.
+    done its backward; `_said` when a peer said so, `_shown` whose status did. The rest is about the present turn.
     """
 
     work: Work
@@ -178,6 +178,7 @@ class Walk:
     _inputs: list[set[str]] = field(init=False)
     _done: list[set[str]] = field(init=False)
     _said: list[dict[str, float]] = field(init=False)
+    _shown: list[set[str]] = field(init=False)
     _asked: list[set[str]] = field(init=False)
     _soured: list[set[str]] = field(init=False)
     # Of this turn: which stages were said to have something, the highest one heard of, when anything was heard last.
@@ -199,6 +200,7 @@ class Walk:
         self._inputs = [set() for _ in range(self.n_stages)]
         self._done = [set() for _ in range(self.n_stages)]
         self._said = [{} for _ in range(self.n_stages)]
+        self._shown = [set() for _ in range(self.n_stages)]
         self._asked = [set() for _ in range(self.n_stages)]
         self._soured = [set() for _ in range(self.n_stages)]
 
@@ -278,6 +280,7 @@ class Walk:
         self._inputs[stage].discard(peer)
         self._done[stage].discard(peer)
         self._said[stage].pop(peer, None)
+        self._shown[stage].discard(peer)
 
     # ---- deciding
 
@@ -328,6 +331,11 @@ class Walk:
                 if bits & bit:
                     self._done[stage].add(peer)
                     self._inputs[stage].add(peer)
+                    self._shown[stage].add(peer)
+                    self._said[stage].pop(peer, None)  # from now on its status tells
+                elif peer in self._shown[stage]:  # it has taken it back, for another who counted it, too
+                    self._shown[stage].discard(peer)
+                    self._done[stage].discard(peer)
 
     def _find_trouble(self, now: float, seen: Seen, wiring: Wiring) -> None:
         """Who on the way is gone, or has let its deadline pass."""
