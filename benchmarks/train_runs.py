@@ -42,6 +42,10 @@ class Size:
     vocabulary: str = "demo"
 
     @property
+    def intermediate(self) -> int:
+        return self.hidden * 8 // 3 // 16 * 16
+
+    @property
     def step_tokens(self) -> int:
         return self.n_microbatches * self.n_sequences * self.sequence
 
@@ -80,7 +84,7 @@ def make_model(directory: Path, size: Size) -> None:
     n_heads = max(1, size.hidden // 32)
     config = LlamaConfig(
         hidden_size=size.hidden,
-        intermediate_size=size.hidden * 8 // 3 // 16 * 16,
+        intermediate_size=size.intermediate,
         num_hidden_layers=size.n_blocks,
         num_attention_heads=n_heads,
         num_key_value_heads=n_heads,
@@ -102,16 +106,21 @@ def make_model(directory: Path, size: Size) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a recipe says besides the sizes. `model` is a directory beside it, or "demo"."""
+    """What a recipe says besides the sizes. `model` is a directory beside it, or "demo".
+
+    Without `steps` the run is ended from outside, and its learning rate is constant.
+    """
 
     model: str = "model"
     codec: str = "int8"
     seed: int = 0
     learning_rate: float = 1e-3
+    steps: int = 0
 
 
 def write_recipe(path: Path, size: Size, n_stages: int, asked: Asked) -> Path:
-    """A recipe on Python's help texts, with a constant rate: what is measured must not change on the way."""
+    """A recipe on Python's help texts."""
+    schedule = f'name = "cosine"\nwarmup_steps = {asked.steps // 10}' if asked.steps else 'name = "constant"'
     path.write_text(
         f"""name = "bench"
 stages = {n_stages}
@@ -124,9 +133,9 @@ sequence = {size.sequence}
 [optimizer]
 learning_rate = {asked.learning_rate}
 [schedule]
-name = "constant"
+{schedule}
 [step]
-steps = {ENDLESS}
+steps = {asked.steps or ENDLESS}
 batch_tokens = {size.step_tokens}
 microbatch = {size.n_sequences}
 [border]

@@ -15,6 +15,7 @@ import multiprocessing.forkserver
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,11 @@ from tests.loopback.links import rerouted_transports
 ROOT = Path(__file__).resolve().parent.parent.parent
 READY_S = 60.0
 LEAVE_S = 10.0
+
+
+def look_again() -> None:
+    """Between two looks at what processes write: nothing but their logs and files tells what they do."""
+    threading.Event().wait(0.05)
 
 
 class NodeFailed(Exception):

@@ -1,4 +1,4 @@
-"""Peers that die and come, at all times and at chosen moments: the run loses no step and ends where one process ends."""
+"""Peers that die and come, at any time and at chosen moments: the run loses no step and ends where one process ends."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ DOUBT_S = STATUS_LAG_S + 2 * HEARTBEAT_S
 
 
 def disturb(*deaths: tuple[float, str], patience_s: float = 0.0) -> Story:
-    """The story with these deaths. Before them it is the same; after them it goes on about as fast, or so much later."""
+    """The story with these deaths. Before them it is the same; it ends about as soon, or so much later."""
     quiet, disturbed = calm(SEED), story(SEED, deaths)
     at_s = min(at_s for at_s, _ in deaths)
 

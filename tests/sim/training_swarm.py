@@ -22,9 +22,11 @@ from mycel.node.training.stepping import StepDone
 from mycel.node.training.workshop_port import Holding
 from mycel.protocols.messages import PeerAddress
 from mycel.swarm.training.bell import Bell
+from mycel.swarm.training.pipeline import Load
 from mycel.swarm.training.plan import RunPlan
 from mycel.swarm.training.step import Reduce
 from tests.sim.compute import SimCompute
+from tests.sim.lossy import Losses
 from tests.sim.toy_stage import TABLE, VOCAB, ToyReference, ToySamples, ToyStage, ToyState
 from tests.sim.transport import SimTransport
 from tests.sim.world import World
@@ -142,6 +144,7 @@ class TrainingSwarm:
     pass_s: float = 0.01
     # One disk for all, as on one machine; else everyone has its own.
     shared: dict[tuple[int, int], bytes] | None = None
+    losses: Losses | None = None
     peers: dict[str, TrainingPeer] = field(default_factory=dict)
     disks: dict[str, dict[tuple[int, int], bytes]] = field(default_factory=dict)
     # (stage, version) -> hash -> who had it
@@ -153,12 +156,49 @@ class TrainingSwarm:
     made: list[tuple[float, str, int, StepDone]] = field(default_factory=list)
     told: list[Told] = field(default_factory=list)
 
-    def start(self, name: str, *, stage: int | None = None, trains: bool = True, slowness: float = 1.0) -> TrainingPeer:
-        """A peer that knows who is there, as a directory would tell it. After a crash it comes again with its disk."""
+    def start(
+        self,
+        name: str,
+        *,
+        stage: int | None = None,
+        first: int | None = None,
+        trains: bool = True,
+        slowness: float = 1.0,
+    ) -> TrainingPeer:
+        """A peer that knows who is there, as a directory would tell it. After a crash it comes again with its disk.
+
+        `stage` it holds for good, `first` is what it is made to choose at the beginning.
+        """
         again = name in self.peers
         transport = self.world.restart(name) if again else self.world.add_node(name)
+        if self.losses is not None:
+            self.losses.tap(transport)
         if slowness != 1.0:
             self.world.slow(name, slowness)
+        seed = f"{self.world.seed} {name} {again}"
+        peer = self.peers[name] = self._peer(transport, seed, self._load if trains else None, stage)
+        if first is not None:
+            _choose_first(peer, first)
+        others = [node for node in self.world.nodes() if node.name != name and not node.crashed]
+
+        async def main(transport: SimTransport) -> None:
+            for other in others:
+                if other.name in self.peers:
+                    peer.meet(PeerAddress(other.peer_id, other.addresses))
+            await peer.run(len(others))
+            peer.event("peer.left")
+            self.world.crash(name)  # the process ends
+
+        self.world.start(name, main)
+        return peer
+
+    async def _load(self, first: int, count: int) -> torch.Tensor:
+        await trio.lowlevel.checkpoint()
+        return ToySamples(self.plan.n_tokens).tokens(first, count)
+
+    def _peer(self, transport: SimTransport, seed: str, load: Load | None, stage: int | None) -> TrainingPeer:
+        """Whose steps, events and sums are noted."""
+        name = transport.name
 
         def opened() -> None:
             assert peer.stepper is not None
@@ -166,14 +206,6 @@ class TrainingSwarm:
 
         def note(what: str) -> None:
             self.world.record(what, name)
-
-        disk = self.disks.setdefault(name, {} if self.shared is None else self.shared)
-        workshop = ToyWorkshop(self.plan, self.tied, self.every, disk, opened, note, self.pass_s)
-        samples = ToySamples(self.plan.n_tokens)
-
-        async def load(first: int, count: int) -> torch.Tensor:
-            await trio.lowlevel.checkpoint()
-            return samples.tokens(first, count)
 
         def event(what: str, /, **fields: object) -> None:
             self.world.record(what, name, *(f"{key}={value}" for key, value in fields.items()))
@@ -188,31 +220,12 @@ class TrainingSwarm:
             self.seen.setdefault(key, {}).setdefault(stepper.params, set()).add(name)
             self.moved.ring()
 
-        peer = TrainingPeer(
-            transport,
-            self.plan,
-            Terms("float32", 0.0, VOCAB, move_every_s=self.move_every_s),
-            workshop,
-            SimCompute(self.world, name),
-            event,
-            Random(f"{self.world.seed} {name} {again}"),
-            load if trains else None,
-            stage,
-            on_step,
-        )
+        disk = self.disks.setdefault(name, {} if self.shared is None else self.shared)
+        workshop = ToyWorkshop(self.plan, self.tied, self.every, disk, opened, note, self.pass_s)
+        terms = Terms("float32", 0.0, VOCAB, move_every_s=self.move_every_s)
+        compute = SimCompute(self.world, name)
+        peer = TrainingPeer(transport, self.plan, terms, workshop, compute, event, Random(seed), load, stage, on_step)
         peer.gossip.unix_time_s = self.world.unix_time_s
-        others = [node for node in self.world.nodes() if node.name != name and not node.crashed]
-
-        async def main(transport: SimTransport) -> None:
-            for other in others:
-                if other.name in self.peers:
-                    peer.meet(PeerAddress(other.peer_id, other.addresses))
-            await peer.run(len(others))
-            event("peer.left")
-            self.world.crash(name)  # the process ends
-
-        self.peers[name] = peer
-        self.world.start(name, main)
         return peer
 
     def fill(self, per_stage: int, *, trains: bool = True) -> None:
@@ -296,3 +309,12 @@ class TrainingSwarm:
         steps = {(stage, version) for stage in range(self.plan.n_stages) for version in range(n_steps)}
         assert {(stage, version - 1) for stage, version in self.seen} >= steps
         assert set(self.summed) >= steps
+
+
+def _choose_first(peer: TrainingPeer, stage: int) -> None:
+    """Whatever is needed: it begins there, and may move."""
+
+    async def choose(*, newcomer: bool) -> None:
+        await peer._take(stage, "the test says so")
+
+    peer._choose = choose  # type: ignore[method-assign]

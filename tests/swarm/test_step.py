@@ -163,6 +163,9 @@ def test_what_one_has_made_all_make():
         "c": status(1, 3, 0, "training", summed(3)),
         "d": status(1, 3, 0b0001, "training"),
     }
+    lone = decided(peers, n_stages=2, clip=0.0)
+    assert lone == Decision(Wait(), "1 peers do not have their sum yet, at stage 1 among others"), "it might lie"
+    peers["e"] = status(1, 4, 0, "training", summed(3))
     decision = decided(peers, n_stages=2, clip=0.0)
     assert decision == Decision(Commit(1.0, 8.0**0.5), "others have made the step")
 
@@ -221,7 +224,8 @@ def test_an_observer_takes_sums_and_computes_at_once_only_where_nobody_does():
 def test_who_has_no_parameters_fetches_them_and_who_has_made_all_steps_is_finished():
     assert decided({"b": status(state="joining")}).action == Resync()
     assert decided({"b": status(version=10)}).action == Finished()
-    assert decided({"b": status()}, helpless=True).action == Resync()
+    assert decided({"a": status(version=4), "b": status()}, helpless=True).action == Resync()
+    assert isinstance(decided({"a": status(), "b": status()}, helpless=True).action, Wait), "it is not made yet"
 
 
 def test_everybody_goes_back_when_a_stage_has_lost_steps_but_not_at_once():

@@ -455,10 +455,11 @@ def members_of(*statuses: tuple[str, int, int, Iterable[int], str, bool]) -> Mem
 def test_the_table_as_a_step_sees_it():
     members = members_of(
         ("a0", 0, 4, [1, 2], "training", True),
-        ("b0", 0, 3, [5], "leaving", False),
+        ("b0", 0, 3, [5], "training", False),
         ("c0", 0, 2, [5], "training", False),
         ("d0", 0, 4, [6], "observing", False),
-        ("a1", 1, 4, [2], "training", False),
+        ("a1", 1, 4, [2], "leaving", False),
+        ("b1", 1, 3, [5], "leaving", False),
     )
     seen = look(members, 4, 2)
     assert seen.counted == ({"a0": 0b110, "b0": 0}, {"a1": 0b100})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,6 +24,7 @@ from mycel.protocols.errors import ConfigError
 __all__ = [
     "TEMPORARY",
     "Check",
+    "check_is_file",
     "file_note",
     "go_on",
     "portions",
@@ -49,11 +51,19 @@ def go_on() -> None:
     """The `Check` that never ends the work."""
 
 
+def check_is_file(path: Path) -> None:
+    """Raises ConfigError for a pipe or a device, which others may have put there: reading it would never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ConfigError(f"{path} is no file")
+
+
 def read_note(path: Path, kind: type[N]) -> N:
     with disk_errors("read", path):
-        if path.stat().st_size > _MAX_NOTE_BYTES:
-            raise ConfigError(f"{path} is larger than {_MAX_NOTE_BYTES // 2**20} MiB")
-        data = path.read_bytes()
+        check_is_file(path)
+        with path.open("rb") as file:
+            data = file.read(_MAX_NOTE_BYTES + 1)
+    if len(data) > _MAX_NOTE_BYTES:
+        raise ConfigError(f"{path} is larger than {_MAX_NOTE_BYTES // 2**20} MiB")
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -65,6 +75,8 @@ def verify_files(folder: Path, files: Mapping[str, FileNote], check: Check) -> N
     for name, expected in files.items():
         path = folder / name
         digest = hashlib.sha256()
+        with disk_errors("read", path):
+            check_is_file(path)
         with disk_errors("read", path), path.open("rb", buffering=0) as file:
             size_bytes = path.stat().st_size
             while size_bytes == expected.size_bytes and (data := file.read(_PORTION_BYTES)):

@@ -122,6 +122,8 @@ def write_part(
     if _part_there(place, version, stage.index, stage.n_stages) == part:
         return
     try:
+        if folder.is_symlink() or note.parent.is_symlink():
+            raise ConfigError(f"{folder} leads elsewhere: nothing is written there")
         with disk_errors("write", folder):
             note.parent.mkdir(parents=True, exist_ok=True)
             note.unlink(missing_ok=True)

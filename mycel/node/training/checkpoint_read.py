@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mycel.node.blobs import disk_errors
-from mycel.node.training.checkpoint_bytes import Check, go_on, portions, read_note, slice_of, slices, verify_files
+from mycel.node.training.checkpoint_bytes import (
+    Check,
+    check_is_file,
+    go_on,
+    portions,
+    read_note,
+    slice_of,
+    slices,
+    verify_files,
+)
 from mycel.node.training.checkpoint_layout import (
     ITEM_BYTES,
     NOTE_FILE,
@@ -126,6 +135,8 @@ def read_pieces(path: Path, pieces: tuple[Piece, ...], expected: FileNote, snaps
     """Fill `snapshot` from a file that holds exactly these. The header is compared, never parsed."""
     header = safetensors_header(pieces)
     digest = hashlib.sha256(header)
+    with disk_errors("read", path):
+        check_is_file(path)
     with disk_errors("read", path), path.open("rb") as file:
         if file.read(len(header)) != header:
             raise ConfigError(

@@ -209,7 +209,7 @@ class Gossip:
             if allowed < 0:
                 await trio.sleep(1 / PER_SECOND)
             status = check_status(train_codec.decode_only(frame), self.plan, peer)
-            before = self.members.get(peer)
+            before = self.members.hears(peer)
             if not self.members.hear(peer, status, trio.current_time()):
                 continue
             if before is None:

@@ -35,6 +35,7 @@ from mycel.protocols.borders import border_bytes
 from mycel.protocols.errors import ConfigError, PeerError
 from mycel.protocols.messages import PeerAddress
 from mycel.swarm.manifest import RECIPE_FILE
+from mycel.swarm.placement import show_bytes
 from mycel.swarm.training.pipeline import Load, threaded
 from mycel.swarm.training.plan import RunPlan
 from mycel.swarm.training.recipe import Recipe, canonical
@@ -126,7 +127,8 @@ async def make_life(
         await placing.fetch(await placing.watch.view(), start, end)
 
     kept_bytes = _kept_bytes(plan, recipe, model.info.hidden_size)
-    workshop = TorchWorkshop(station, announcer, plan, recipe, place, _memory_bytes(config) - kept_bytes, fetch, event)
+    memory_bytes = _left_bytes(config, kept_bytes)
+    workshop = TorchWorkshop(station, announcer, plan, recipe, place, memory_bytes, fetch, event)
     terms = Terms(recipe.border.codec, recipe.optimizer.clip, model.info.vocab_size, kept_bytes)
     peer = TrainingPeer(
         station.network.transport,
@@ -152,6 +154,11 @@ async def make_life(
         reporter.made(done.version)
 
     peer.on_step = on_step
+
+    def on_diverged(version: int, reason: str) -> None:
+        say(_diverged(version, reason, workshop.whole))
+
+    peer.on_diverged = on_diverged
     others = view.without({peer.me}).peers.values()
     for other in others:
         peer.meet(PeerAddress(other.peer, other.addresses))
@@ -187,6 +194,15 @@ def _dataset(config: NodeConfig, recipe: Recipe, model: Path) -> TokenDataset | 
     return None
 
 
+def _diverged(version: int, reason: str, whole: int) -> str:
+    """One line: what has happened, what the node does, what its user can do."""
+    back = f"go on from the checkpoint of step {whole}" if whole else "begin again"
+    return (
+        f"the run has diverged at step {version}: {reason}. It is tried again ever more seldom; "
+        f"better stop it, lower optimizer.learning_rate in the recipe and {back}"
+    )
+
+
 def _fixed_stage(config: NodeConfig, plan: RunPlan) -> int | None:
     if config.blocks is None:
         return None
@@ -203,8 +219,15 @@ def _kept_bytes(plan: RunPlan, recipe: Recipe, hidden_size: int) -> int:
     return plan.n_microbatches * (one_bytes + plan.n_stages * SAID_BYTES)
 
 
-def _memory_bytes(config: NodeConfig) -> int:
-    return config.memory_bytes or int(psutil.virtual_memory().available * MEMORY_SHARE)
+def _left_bytes(config: NodeConfig, kept_bytes: int) -> int:
+    """What is left for the stage itself. Raises ConfigError, before anything large is made, for a huge recipe."""
+    may_bytes = config.memory_bytes or int(psutil.virtual_memory().available * MEMORY_SHARE)
+    if kept_bytes >= may_bytes:
+        raise ConfigError(
+            f"not enough memory: the microbatches of one step take {show_bytes(kept_bytes)}, {show_bytes(may_bytes)} "
+            "may be used (step.batch_tokens and data.sequence in the run's recipe say how many and how long they are)"
+        )
+    return may_bytes - kept_bytes
 
 
 _blocking = trio.to_thread.run_sync

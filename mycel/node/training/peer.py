@@ -25,7 +25,7 @@ from mycel.node.training.reducing import Reducer
 from mycel.node.training.stage_service import StageService
 from mycel.node.training.state_service import StateService
 from mycel.node.training.state_source import StateSource
-from mycel.node.training.stepping import StepDone, Stepper
+from mycel.node.training.stepping import TICK_S, StepDone, Stepper
 from mycel.node.training.sum_table import SumTable
 from mycel.node.training.sums import SumClient, SumService
 from mycel.node.training.workshop_port import Holding, Workshop
@@ -34,6 +34,7 @@ from mycel.protocols.messages import PeerAddress
 from mycel.protocols.ports import Compute, Transport
 from mycel.protocols.training import StageStatus
 from mycel.swarm.training.bell import Bell
+from mycel.swarm.training.doubts import Doubt, Doubts
 from mycel.swarm.training.members import Members
 from mycel.swarm.training.moving import PERIOD_S, Move, Mover, must_go_back
 from mycel.swarm.training.pipeline import Load, Pipeline
@@ -86,6 +87,8 @@ class TrainingPeer:
     fixed: int | None = None
     on_step: Callable[[StepDone], None] = _ignore
     hashing: Compute | None = None
+    # Told when a step cannot be computed: its version, and why.
+    on_diverged: Callable[[int, str], None] = lambda _version, _reason: None
     ready: trio.Event = field(default_factory=trio.Event)
     bell: Bell = field(default_factory=Bell, init=False)
     members: Members = field(init=False)
@@ -97,12 +100,14 @@ class TrainingPeer:
     _client: SumClient | None = field(default=None, init=False)
     _states: StateService | None = field(default=None, init=False)
     _sent_before: int = field(default=0, init=False)  # in stages held before
+    _doubts: Doubts = field(init=False)
     _stage: int = field(default=0, init=False)
     _moving_to: int = field(default=-1, init=False)
     _leaving: trio.Event = field(default_factory=trio.Event, init=False)
 
     def __post_init__(self) -> None:
         self.members = Members(self.transport.peer_id, self.plan.run)
+        self._doubts = Doubts(self.plan, self.members)
         self.gossip = Gossip(self.transport, self.plan, self.members, self.describe, self.bell, self.event)
 
     @property
@@ -146,8 +151,8 @@ class TrainingPeer:
             trains=self.load is not None,
             queue_s=min(service.queue_s, MAX_FIGURE) if service is not None else 0.0,
             sequences_per_s=min(service.sequences_per_s, MAX_FIGURE) if service is not None else 0.0,
-            kept=self.workshop.kept,
-            whole=self.workshop.whole,
+            kept=min(self.workshop.kept, self.plan.n_steps),
+            whole=min(self.workshop.whole, self.plan.n_steps),
             sent_bytes=self._sent_before + self._sent(),
             moving_to=self._moving_to,
             addresses=self.transport.addresses[:8],
@@ -208,6 +213,7 @@ class TrainingPeer:
             self.event,
             self.bell,
             self.terms.memory_bytes,
+            self.on_diverged,
         )
         states = self._states = StateService(
             self.transport,
@@ -249,6 +255,7 @@ class TrainingPeer:
             (states.after_step, partial(self.workshop.after_step, holding)),
             self.on_step,
             state="joining",
+            on_withheld=self._withheld,
         )
         target: int | None = None
         try:
@@ -261,6 +268,7 @@ class TrainingPeer:
                     self.pipeline = self._trainer(stepper, service)
                     tasks.start_soon(self.pipeline.run)
                 tasks.start_soon(self._open_when_ready, holding, stepper)
+                tasks.start_soon(self._doubt, stepper, service)
                 if self.fixed is None:
                     mover = Mover(self.me, trio.current_time(), self.terms.move_every_s)
                     tasks.start_soon(self._move, mover, stepper, source)
@@ -294,6 +302,23 @@ class TrainingPeer:
             await self.bell.after(self.bell.count)
         await self.workshop.open(holding)
         self.ready.set()
+
+    async def _doubt(self, stepper: Stepper, service: StageService) -> None:
+        """While the run stands still, pass over whose word is in the way."""
+        while True:
+            await trio.sleep(TICK_S)
+            if service.diverged:
+                continue  # it is nobody's word that is in the way
+            doubt = self._doubts.look(stepper.status(), stepper.strikes, trio.current_time())
+            if doubt is not None:
+                self.event("peer.doubted", peer=doubt.peer, version=stepper.version, reason=doubt.reason)
+            if doubt is not None or self._doubts.has_changed:
+                self.bell.ring()
+
+    def _withheld(self, doubt: Doubt) -> None:
+        self._doubts.convict(doubt.peer, trio.current_time())
+        self.event("peer.doubted", peer=doubt.peer, reason=doubt.reason)
+        self.bell.ring()
 
     async def _move(self, mover: Mover, stepper: Stepper, source: StateSource) -> None:
         """Look now and then whether another stage needs this peer more; if so leave this one."""

@@ -8,6 +8,7 @@ Ring: shell.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,9 +35,12 @@ from mycel.swarm.training import numbers
 from mycel.swarm.training.bell import Bell
 from mycel.swarm.training.members import Members
 from mycel.swarm.training.plan import RunPlan
+from mycel.swarm.training.walks import drivers
 
 Report = Callable[[Passed | WorkFailed], None]
 
+# So often the same microbatch gave nothing that can be counted or sent: it is not chance.
+DIVERGED = 3
 # Microbatches of the next step that are held until this one is made.
 MAX_HELD = 64
 _SMOOTHING = 0.2  # weight of the newest pass in the average
@@ -69,12 +73,16 @@ class StageService:
     event: EventSink
     bell: Bell
     memory_bytes: int = 1 << 30
+    # Told once a step, of a microbatch that cannot be computed: the version, and why.
+    on_diverged: Callable[[int, str], None] = lambda _version, _reason: None
 
     def __post_init__(self) -> None:
         plan, me = self.plan, self.transport.peer_id
         self._admission = admission(me, plan, self.stage, self.codec, self.vocab_size)
         max_cells = max(self.memory_bytes // self.cell_bytes, 1)
         self._cells = Cells(me, plan, self.stage.index, max_cells, self.ledger.version)
+        # What is held comes on top of the cells: a part of them.
+        self._max_held = min(MAX_HELD, max(max_cells // 4, 2))
         self._agenda = Agenda()
         self._passes = Passes(self.stage, self.ledger, self.codec)
         self._pipes = Pipes(self.transport)
@@ -85,6 +93,8 @@ class StageService:
         self._local: Report | None = None
         self._average_s: dict[Do, float] = {}
         self._running: Do | None = None
+        self._exploded: dict[int, int] = {}
+        self.diverged = False
 
     # ---- for the rest of the node
 
@@ -105,6 +115,8 @@ class StageService:
         """The parameters are at another version: what is kept of the one before is dropped, what was held begins."""
         self._forgotten += self._cells.advance(version)
         self._agenda.clear()
+        self._exploded.clear()
+        self.diverged = False
         self._jobs.ring()
         held, self._held = self._held, {}
         for arrived in held.values():
@@ -203,18 +215,38 @@ class StageService:
             if cell is None and not arrived.wires:
                 self._refuse(message, "lacks the input")
                 return
+            if cell is not None and self._is_driven_by_another(cell, message.trainer):
+                self._refuse(message, "another drives it")
+                return
             cell = cell or self._cells.open(message.number)
             if cell is None:
                 self._refuse(message, f"full: {len(self._cells)} microbatches are kept")
                 return
             self._act(cell, cell.walk(message, arrived.sender, arrived.wires, self._is_counted(cell)))
 
+    def _is_driven_by_another(self, cell: Cell, trainer: str) -> bool:
+        """Whoever else wants it, a walk stays with the trainer to whom it falls: all see alike who that is."""
+        if cell.trainer in ("", trainer) or cell.paused:
+            return False
+        trainers = drivers(self.members)
+        return cell.trainer in trainers and self.plan.owner(cell.work, trainers) == cell.trainer
+
     def _hold(self, arrived: Arrived) -> None:
         message, earlier = arrived.message, self._held.get(arrived.message.work)
-        if earlier is None and len(self._held) >= MAX_HELD:
+        if earlier is None and len(self._held) >= self._max_held and not self._make_room(message.trainer):
             self._refuse(message, f"full: {len(self._held)} microbatches wait for the next step")
         elif earlier is None or earlier.message.trainer != message.trainer or earlier.message.turn < message.turn:
             self._held[message.work] = arrived
+
+    def _make_room(self, trainer: str) -> bool:
+        """Let go of one of whoever has most of them: one trainer cannot keep the others out."""
+        held = Counter(arrived.message.trainer for arrived in self._held.values())
+        greedy, most = held.most_common(1)[0]
+        if most <= held[trainer] + 1:
+            return False
+        last = [work for work, arrived in self._held.items() if arrived.message.trainer == greedy][-1]
+        self._refuse(self._held.pop(last).message, "full: others want to be held, too")
+        return True
 
     def _backward(self, message: Backward, wires: Wires, sender: str) -> None:
         cell = self._cells.get(message.work)
@@ -340,6 +372,7 @@ class StageService:
         if outcome.fault == "own":
             fail = Fail(self.transport.peer_id, outcome.reason)
             cell.renew()
+            self._note_explosion(cell, outcome.reason)
         else:
             sender = cell.input_from if outcome.fault == "input" else cell.grad_from
             refuse = cell.refuse_input if outcome.fault == "input" else cell.refuse_gradient
@@ -348,6 +381,13 @@ class StageService:
         work = cell.work
         self.event("microbatch.failed", version=work.version, number=work.number, peer=fail.peer, reason=fail.reason)
         self._act(cell, [fail])
+
+    def _note_explosion(self, cell: Cell, reason: str) -> None:
+        times = self._exploded[cell.work.number] = self._exploded.get(cell.work.number, 0) + 1
+        if times >= DIVERGED and not self.diverged:
+            self.diverged = True
+            self.event("run.diverged", version=cell.work.version, number=cell.work.number, reason=reason)
+            self.on_diverged(cell.work.version, reason)
 
     def _is_counted(self, cell: Cell) -> bool:
         """Whether its gradient is in a sum of this stage, here or elsewhere."""

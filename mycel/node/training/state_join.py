@@ -107,7 +107,7 @@ class Joiner:
                 if attempt == MAX_ATTEMPTS:
                     raise
             await trio.sleep(min(FIRST_REST_S * 2 ** (attempt - 1), LONGEST_REST_S))
-            ahead = AHEAD if self._newest() > before else 0
+            ahead = min(ahead + 1, AHEAD) if self._newest() > before else 0
         raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self, attempt: int, version: int) -> Joined:
@@ -148,7 +148,9 @@ class Joiner:
         return tuple(member for member in having if member.peer != self.members.me)
 
     def _newest(self) -> int:
-        return max((member.version for member in self._mates()), default=0)
+        """The newest version that they have: of one alone, at most a step more than the next of them."""
+        versions = sorted(member.version for member in self._mates())
+        return min(versions[-1], versions[-2] + 1) if len(versions) > 1 else max(versions, default=0)
 
     async def _listen(self) -> None:
         """Note every status: the next replaces it."""

@@ -8,7 +8,7 @@ Ring: shell.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from mycel.protocols.errors import PeerError, PeerRefused
 from mycel.protocols.ports import Compute
 from mycel.protocols.training import Reduced, StageState, StageStatus
 from mycel.swarm.training.bell import Bell
+from mycel.swarm.training.doubts import Doubt, suspects
 from mycel.swarm.training.members import Members
 from mycel.swarm.training.numbers import to_bytes
 from mycel.swarm.training.plan import RunPlan
@@ -49,11 +50,15 @@ __all__ = ["FetchState", "StageWork", "StepDone", "Stepper"]
 # Looked again without a change: some decisions depend on how long something has been so.
 TICK_S = 1.0
 FIRST_REST_S, LONGEST_REST_S = 0.25, 4.0
+# A peer that leaves stays for so long after its last step, until the others have made it, too.
+LINGER_S = 2.0
 # A peer is not asked again in this step after so much: an error counts 3, and a refusal, which may be of a question
 # that came too early, 2.
 GIVE_UP = 3
 # So many times in a row nobody gave the sum that others say they have.
 HELPLESS = 8
+# A state that could not be had is not asked for again for so long, and twice as long each time.
+FIRST_CALM_S, LONGEST_CALM_S = 30.0, 960.0
 # The ledger's version while the state is being replaced: work that still waits for the processor is of no version.
 NO_VERSION = -1
 
@@ -101,7 +106,7 @@ class StepDone:
     taken: bool
 
 
-def _ignore(_: StepDone) -> None:
+def _ignore(_: object) -> None:
     """For who does not listen."""
 
 
@@ -126,6 +131,8 @@ class Stepper:
     after_step: Sequence[Callable[[int], Awaitable[None]]] = ()
     on_step: Callable[[StepDone], None] = _ignore
     state: StageState = "observing"
+    # Told whose word led to a fetch for nothing.
+    on_withheld: Callable[[Doubt], None] = _ignore
     version: int = field(default=0, init=False)
     params: bytes = field(default=b"", init=False)
     decision: Decision = field(default=Decision(Wait(), "has not begun"), init=False)
@@ -138,6 +145,8 @@ class Stepper:
     _looked: int = field(default=0, init=False)
     _began_s: float = field(default=0.0, init=False)
     _stranded_s: float | None = field(default=None, init=False)
+    _fruitless: int = field(default=0, init=False)
+    _calm_until_s: float = field(default=0.0, init=False)
     _leaves_at: int | None = field(default=None, init=False)
     _scope: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
     _ended: trio.Event = field(default_factory=trio.Event, init=False)
@@ -162,6 +171,11 @@ class Stepper:
         if self.state == "joining":
             return 0
         return self.ledger.counted if self._made_counted is None else self._made_counted
+
+    @property
+    def strikes(self) -> Mapping[str, int]:
+        """Who did not give in this step what was asked for, and how often."""
+        return self._strikes
 
     @property
     def reduced(self) -> tuple[Reduced, ...]:
@@ -201,8 +215,15 @@ class Stepper:
                     await self._adopt(self.state)
                 while not self._is_over():
                     await self._once()
+                await self._linger()
         finally:
             self._ended.set()
+
+    async def _linger(self) -> None:
+        """Who has not heard of the step yet would miss what we counted, and walk it again."""
+        with trio.move_on_after(LINGER_S):
+            while any(m.version < self.version for m in self.members if m.status.state in ("training", "leaving")):
+                await self.bell.after(self.bell.count)
 
     def _is_over(self) -> bool:
         return self._leaves_at is not None and (
@@ -227,6 +248,8 @@ class Stepper:
                 self.say()
             case Commit():
                 await self._commit(decision.action)
+            case Resync() if self.state != "joining" and trio.current_time() < self._calm_until_s:
+                await self._rest(seen, TICK_S)
             case Resync():
                 await self._fetch(None, decision)
             case Restore(version):
@@ -314,8 +337,8 @@ class Stepper:
         self.table.made(version, commit.scale)
         self._begin(version + 1, params)
         self.table.advance(version + 1)
-        if self.state == "observing":
-            self.state = "training"
+        # Who leaves computes nothing more: nobody may draw it for the next step.
+        self.state = "observing" if self.state == "leaving" else "training"
         done = StepDone(
             version + 1,
             loss,
@@ -343,7 +366,7 @@ class Stepper:
 
     async def _fetch(self, version: int | None, decision: Decision) -> None:
         """Get another state. What was counted or summed up with the old one is nobody's any more."""
-        before = self.state
+        before, status, mates = self.state, self.status(), self.members.of_stage(self.reducer.stage)
         self.event("step.fetch", version=self.version, to=version, reason=decision.reason)
         self._become("joining")
         await self.compute.run(lambda: self.ledger.advance(NO_VERSION))
@@ -356,10 +379,33 @@ class Stepper:
             self._failures += 1
             self.event("step.failed", peer=error.peer, version=self.version, doing="fetches state", reason=error.reason)
             await self._rest(self.bell.count, min(FIRST_REST_S * 2**self._failures, LONGEST_REST_S))
-            if version is not None:  # what we have is not wrong, only further than the others can come
+            if version is not None or await self._is_intact():
                 await self._adopt(before)
+            if version is None and before != "joining":
+                self._calm_down(status, {member.peer for member in mates})
             return
+        self._fruitless = 0
         await self._adopt("training" if version is not None and before == "training" else "observing")
+
+    async def _is_intact(self) -> bool:
+        """Whether the state that was to be replaced is here still, whole."""
+
+        def job() -> bool:
+            return bool(self.params) and (self.holder.version, self.holder.params_digest()) == (
+                self.version,
+                self.params,
+            )
+
+        return (await self.compute.run(job)).value
+
+    def _calm_down(self, status: StageStatus, mates: Collection[str]) -> None:
+        """Nobody gave the state that `mates` say is right: perhaps one of them has lied."""
+        self._calm_until_s = trio.current_time() + min(FIRST_CALM_S * 2.0**self._fruitless, LONGEST_CALM_S)
+        self._fruitless = min(self._fruitless + 1, 16)
+        for doubt in suspects(self.plan, self.members, status):
+            if doubt.peer in mates:
+                self.on_withheld(doubt)
+                return
 
     async def _adopt(self, state: StageState) -> None:
         """Begin anew with what the StateHolder has."""

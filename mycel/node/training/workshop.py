@@ -133,7 +133,9 @@ class TorchWorkshop:
         assert checkpointer is not None
         assert isinstance(state, FlatState)
         files = self.files(index, await self._on_compute(lambda: self.layout(index)))
-        found = await on_thread(lambda check: newest(self.place.directory, self.plan.run, check, at_most=version))
+        # What somebody else put there may say that it is of any step.
+        latest = self.plan.n_steps if version is None else version
+        found = await on_thread(lambda check: newest(self.place.directory, self.plan.run, check, at_most=latest))
         for reason in found.passed_over:
             self.event("checkpoint.passed_over", reason=reason)
         checkpoint = found.checkpoint

@@ -1,7 +1,7 @@
 """Who takes part in a run and how far each is, as one peer knows it from what the others say.
 
 A peer is there from its first status on, until its stream breaks, it says nothing for `SILENT_S`, or it goes. The table
-judges nobody: what follows from it is decided elsewhere (step, wiring, stages).
+judges nobody: what follows from it is decided elsewhere (step, wiring, stages), and also who is doubted (doubts).
 
 Ring: pure.
 """
@@ -56,6 +56,8 @@ def check_status(status: StageStatus, plan: RunPlan, peer: str) -> StageStatus:
         raise RemoteProtocolError(f"has made {status.version} of {plan.n_steps} steps", peer)
     if from_bytes(status.counted) & ~plan.everything:
         raise RemoteProtocolError("has counted numbers that no step has", peer)
+    if max(status.kept, status.whole) > plan.n_steps:
+        raise RemoteProtocolError(f"keeps step {max(status.kept, status.whole)} of {plan.n_steps}", peer)
     if len(status.params) not in (0, 32):
         raise RemoteProtocolError(f"a digest of {len(status.params)} bytes", peer)
     return status
@@ -70,6 +72,8 @@ class Members:
     _members: dict[str, Member] = field(default_factory=dict, init=False)
     # The highest seq of whoever was here, and when it came: what was overtaken must not bring back who has gone.
     _seen: dict[str, tuple[int, float]] = field(default_factory=dict, init=False)
+    # Who is passed over as if it were not there (doubts.py).
+    _doubted: set[str] = field(default_factory=set, init=False)
 
     def hear(self, peer: str, status: StageStatus, now: float) -> bool:
         """Take a status; whether it says anything new. Another run's, and what was overtaken, is ignored."""
@@ -98,11 +102,23 @@ class Members:
                 del self._seen[peer]
         return silent
 
-    def get(self, peer: str) -> Member | None:
+    def doubt(self, peer: str) -> None:
+        """Pass over what it says, until `trust`; it is still heard."""
+        self._doubted.add(peer)
+
+    def trust(self, peer: str) -> None:
+        self._doubted.discard(peer)
+
+    def hears(self, peer: str) -> Member | None:
+        """Whoever speaks, doubted or not."""
         return self._members.get(peer)
 
+    def get(self, peer: str) -> Member | None:
+        return None if peer in self._doubted else self._members.get(peer)
+
     def __iter__(self) -> Iterator[Member]:
-        return iter(sorted(self._members.values(), key=lambda member: member.peer))
+        there = (member for member in self._members.values() if member.peer not in self._doubted)
+        return iter(sorted(there, key=lambda member: member.peer))
 
     def of_stage(self, stage: int, *states: str) -> tuple[Member, ...]:
         """In order of peer id; of these states, by default those that train."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mycel.protocols import ids
 from mycel.protocols.codec import pipe_codec
-from mycel.protocols.errors import PeerError, PeerUnreachable, RemoteProtocolError
+from mycel.protocols.errors import LocalProtocolError, PeerError, PeerUnreachable, RemoteProtocolError
 from mycel.protocols.ports import Stream, Transport
 from mycel.protocols.tensors import to_wire
 from mycel.protocols.training import Drive, Forward, Passed, StageStatus, WorkFailed
@@ -215,15 +215,18 @@ class Pipeline:
     def _room(self) -> int:
         """How many walks may be on their way: enough to keep every peer busy, not more because they are slow.
 
-        That is two for each peer, or on slow links what the slowest stage does in the time of the quickest walk, shared
-        with the other trainers.
+        That is two for each peer, or on slow links what the slowest stage does in the time of the quickest walk. The
+        trainers share it by how much each has left to drive: with equal shares whoever has most to do ends alone, and
+        the stages wait.
         """
         stages = [self.wiring.peers(stage) for stage in range(self.plan.n_stages)]
         n_peers = sum(map(len, stages))
         rates = [sum(map(self._announced, there)) for there in stages]
         per_walk = min(rates) / self.plan.n_sequences * self._quickest_s if self._quickest_s < inf else 0.0
         wanted = max(FLIGHTS_PER_PEER * n_peers, ceil(FLIGHTS_PER_WALK * per_walk))
-        return max(1, min(self.in_flight, ceil(wanted / max(1, len(self._mine_of[1])))))
+        left = self._seen.missing(self.plan.everything)
+        mine, all_left = (left & self._mine).bit_count(), left.bit_count()
+        return max(1, min(self.in_flight, ceil(wanted * mine / max(1, all_left))))
 
     def _announced(self, peer: str) -> float:
         member = self.members.get(peer)
@@ -234,10 +237,13 @@ class Pipeline:
     async def _drive(self, flight: _Flight) -> None:
         """The whole walk: tokens, a Forward, and what its trouble asks for, until every stage has counted it."""
         walk = flight.walk
-        began_s = trio.current_time()
+        began_s, failures = trio.current_time(), flight.walk.failures
         with flight.scope:
             tokens_BT1 = (await self.load(walk.work.first, walk.work.count)).to(torch.int32)
             while True:
+                if walk.failures > failures:
+                    failures = walk.failures
+                    await trio.sleep(walk.rest_s)
                 heard = flight.news.count
                 decision = walk.decide(trio.current_time(), self._seen, self.wiring)
                 if isinstance(decision, Finished):
@@ -286,9 +292,14 @@ class Pipeline:
         if link is None or link.stream is None:
             raise PeerUnreachable(peer, "there is no stream to it")
         async with link.speaking:
-            if link.stream is None:
+            if (stream := link.stream) is None:
                 raise PeerUnreachable(peer, "the stream to it broke")
-            await link.stream.send(*pipe_codec.encode(message, tokens))
+            try:
+                await stream.send(*pipe_codec.encode(message, tokens))
+            except LocalProtocolError:
+                if link.stream is stream:
+                    raise
+                raise PeerUnreachable(peer, "the stream to it broke meanwhile") from None  # who listens has reset it
 
     def _done(self, flight: _Flight, took_s: float) -> None:
         counters, number = self.counters, flight.walk.work.number

@@ -23,6 +23,8 @@ __all__ = ["SETTLE_S", "capacities", "choose_stage", "goal", "must_yield", "rate
 SETTLE_S = 5.0
 # Another stage has to be weaker by this share to be worth choosing again.
 MIN_SHARE = 0.05
+# What a peer says it computes is believed up to so many times what is typical.
+MOST_PRAISE = 16.0
 _TIE_DOMAIN = b"mycel stage v1"
 
 
@@ -87,7 +89,7 @@ def goal(member: Member) -> int:
 
 def rate_of(member: Member, typical: float) -> float:
     """What it computes; of a peer that has not measured it yet, what is `typical`."""
-    return member.status.sequences_per_s or typical
+    return min(member.status.sequences_per_s, MOST_PRAISE * typical) or typical
 
 
 def typical_rate(members: Sequence[Member]) -> float:

@@ -42,6 +42,7 @@ __all__ = [
     "TakeSum",
     "Uncount",
     "Wait",
+    "are_enough",
     "decide",
     "is_stranded",
     "uncovered",
@@ -212,9 +213,17 @@ class _View:
         known = [reach for reach in self.reach if reach is not None]
         return min(known) if len(known) == self.plan.n_stages else None
 
+    @cached_property
+    def is_made(self) -> bool:
+        """Whether the step is made, by the word of others who compute: one alone might say anything."""
+        others = [m for m in self.everyone if m is not self.me and (_computes(m) or m.version > self.version)]
+        return are_enough(sum(m.version > self.version for m in others), len(others))
+
     def holders(self) -> tuple[Member, ...]:
-        """Mates with the sum to apply at this version, those that have failed us last."""
+        """Mates with the sum to apply at this version, those that have failed us last, and only if it is made."""
         holders = [m for m in self.mates if _sum_of(m, self.version) is not None]
+        if not self.is_made:  # else it can come together without them
+            holders = [m for m in holders if m.peer not in self.facts.failed]
         return tuple(sorted(holders, key=lambda m: (m.peer in self.facts.failed, m.peer)))
 
 
@@ -238,6 +247,11 @@ def _most(digests: Iterable[tuple[str, bytes]]) -> bytes:
     count = Counter(digest for _, digest in held)
     most = max(count.values())
     return next(digest for _, digest in held if count[digest] == most)
+
+
+def are_enough(n_say_so: int, n_others: int) -> bool:
+    """Whether so many are believed that steps are made: most, or two and a quarter of all; never one against two."""
+    return 2 * n_say_so > n_others or (n_say_so > 1 and 4 * n_say_so >= n_others)
 
 
 def uncovered(covered: Iterable[Range], start: int, end: int) -> tuple[Range, ...]:
@@ -275,7 +289,7 @@ def is_stranded(plan: RunPlan, members: Members, facts: Facts) -> bool:
 def _fetch(view: _View) -> Decision | None:
     if view.me.status.state == "joining":
         return Decision(Resync(), "has no parameters yet")
-    if view.facts.helpless:
+    if view.facts.helpless and view.is_made:
         return Decision(Resync(), "nobody has given what this step needs for too long")
     return None
 
@@ -285,7 +299,12 @@ def _mend(view: _View) -> Decision | None:
     told = [m for m in (*view.mates, view.me) if m.version == view.version and m.status.params]
     voters = [m for m in told if _computes(m)] or told
     mine = view.me.status.params
-    if not mine or not voters or mine == _most((m.peer, m.status.params) for m in voters):
+    if not mine or not voters:
+        return None
+    most = _most((m.peer, m.status.params) for m in voters)
+    held = Counter(m.status.params for m in voters)
+    # Where two hashes have equally many, those who are still making the step decide.
+    if mine == most or (held[mine] == held[most] and any(m.version == view.version - 1 for m in view.mates)):
         return None
     return Decision(Resync(), f"has other parameters after {view.version} steps than its stage")
 
@@ -323,6 +342,8 @@ def _catch_up(view: _View) -> Decision | None:
         return None
     if holders := view.holders():
         return _take_sum(view, holders, f"{len(ahead)} of the stage have made the step")
+    if not view.is_made:
+        return None  # a word that nothing bears out
     newest = max(m.version for m in ahead)
     return Decision(Resync(), f"the stage is at version {newest}, and nobody keeps the sum of step {view.version}")
 
@@ -412,7 +433,8 @@ def _agree(view: _View) -> Decision | None:
     chosen = _chosen(view, view.me.stage)
     if chosen is None or chosen.digest == own.digest:
         return None
-    return _take_sum(view, view.holders(), "has another sum than its stage")
+    holders = tuple(m for m in view.holders() if _sum_of(m, view.version) == chosen)
+    return _take_sum(view, holders, "has another sum than its stage") if holders else None
 
 
 def _chosen(view: _View, stage: int) -> Reduced | None:
@@ -441,13 +463,12 @@ def _step(view: _View) -> Decision:
             return Decision(Wait(), f"nobody is at stage {stage}")
         if reach <= version:
             return Decision(Wait(), f"stage {stage} has not summed up yet")
-    is_made = any(m.version > version for m in view.everyone)
-    if not is_made and (obstacle := _obstacle(view)):
+    if not view.is_made and (obstacle := _obstacle(view)):
         return Decision(Wait(), obstacle)
     sums = [_chosen(view, stage) for stage in range(view.plan.n_stages)]
     known = [chosen.sum_sq for chosen in sums if chosen is not None]
     norm = math.sqrt(math.fsum(known)) if len(known) == view.plan.n_stages else 0.0
-    reason = "others have made the step" if is_made else "all stages have their sums"
+    reason = "others have made the step" if view.is_made else "all stages have their sums"
     if view.facts.scale:
         return Decision(Commit(view.facts.scale, norm), reason)
     if len(known) == view.plan.n_stages:

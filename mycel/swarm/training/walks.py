@@ -30,6 +30,9 @@ __all__ = ["Finished", "Replaced", "Seen", "Send", "Wait", "Walk", "drivers", "d
 
 # A peer's report of a gradient comes before the status that shows it, by so much at most.
 STATUS_LAG_S = 3.0 * HEARTBEAT_S
+# Whoever tries says that it cannot: perhaps nobody can, as when a run has diverged. Then it is tried ever more seldom.
+PATIENT_FAILURES = 6
+LONGEST_REST_S = 60.0
 
 
 # ---- what the members' table says about one step ---------------------------------------------------------------------
@@ -78,11 +81,12 @@ def look(members: Members, version: int, n_stages: int) -> Seen:
     ready: list[set[str]] = [set() for _ in range(n_stages)]
     queue_s, addresses, decided = {}, {}, False
     for member in members:
+        # Whoever has made it, be it one that computes nothing more and is about to leave.
+        decided |= member.version > version and member.status.state != "joining"
         if member.status.state not in ("training", "leaving") or not 0 <= member.stage < n_stages:
             continue
-        decided |= member.version > version
-        # One step behind: it makes that step now, and holds what comes for this one.
-        if member.version in (version - 1, version):
+        # One step behind: it makes that step now, and holds what comes for this one, unless it leaves then.
+        if member.version == version or (member.version == version - 1 and member.status.state == "training"):
             counted[member.stage][member.peer] = member.counted if member.version == version else 0
             queue_s[member.peer], addresses[member.peer] = member.status.queue_s, member.status.addresses
         if member.version == version:
@@ -173,6 +177,8 @@ class Walk:
     n_stages: int
     turn: int = 0
     finished: bool = False
+    # How often one who was asked could not do it, by its own word.
+    failures: int = 0
     began_s: float = 0.0
     peers: list[str] = field(init=False)
     _inputs: list[set[str]] = field(init=False)
@@ -254,9 +260,11 @@ class Walk:
                 self._forget(stage, peer)
                 self._anew = f"{short_id(peer)} has lost it: {message.reason}"
             else:
+                self.failures += 1
                 self._blame(stage, message.reason, now, wiring)
         elif message.peer in around:
             reason = f"{message.reason} (says {short_id(peer)})"
+            wiring.blamed_another(stage, peer, now)
             self._blame(around[message.peer], reason, now, wiring)
         else:
             raise RemoteProtocolError("blames a peer that is no neighbour of its own", peer)
@@ -316,6 +324,12 @@ class Walk:
             if peer in self._said[stage] and not self._is_counted(stage, seen, now):
                 self._done[stage].discard(peer)
                 self._blame(stage, "said that it had counted it, and shows it to nobody", now, wiring)
+
+    @property
+    def rest_s(self) -> float:
+        """How long to rest after the last failure."""
+        times = self.failures - PATIENT_FAILURES
+        return min(2.0 ** min(times, 16), LONGEST_REST_S) if times >= 0 else 0.0
 
     def pause(self) -> None:
         """Another trainer drives it from now on; if it comes back to us, it begins another turn."""

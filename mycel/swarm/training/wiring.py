@@ -39,6 +39,9 @@ MOST_DEADLINE_S = 600.0
 DEADLINE_TIMES = 5.0
 MOST_DOUBLINGS = 4
 MOST_PRAISE = 16.0
+# What a peer says of its queue counts as so many passes of its own at most: it might say anything, and be waited for.
+MOST_QUEUED = 64.0
+MOST_BLAMES = 3
 # What a sequence should take where nobody knows anything yet: of no matter, as it is the same for all.
 UNKNOWN_S = 1.0
 
@@ -92,6 +95,9 @@ class _Peer:
     banned_s: float = 0.0
     banned_until_s: float = 0.0
     was_out: bool = False
+    # Neighbours that it blamed since it did anything itself, those at one moment counted once; and when it did last.
+    blames: int = 0
+    blamed_s: float = -inf
 
     @property
     def known_s(self) -> float:
@@ -132,7 +138,7 @@ class Wiring:
     def set_peers(self, stage: int, announced: Mapping[str, float], now: float) -> None:
         """Who serves the stage now, and the sequences a second that each says it computes (0: it does not say)."""
         peers = self._stages[stage]
-        for name in announced.keys() - peers.keys():
+        for name in sorted(announced.keys() - peers.keys()):
             peers[name] = _Peer(name, announced[name], self._least(stage), self.rng.random())
         for name, peer in list(peers.items()):
             if name in announced:
@@ -184,7 +190,7 @@ class Wiring:
         if (one := self._stages[stage].get(peer)) is not None:
             self._measure(stage, one, seconds / n_sequences)
             one.answered.add(seconds / n_sequences)
-            one.timeouts, one.failures, one.banned_until_s = 0, one.failures // 2, 0.0
+            one.timeouts, one.failures, one.banned_until_s, one.blames = 0, one.failures // 2, 0.0, 0
 
     def timed_out(self, stage: int, peer: str, n_sequences: int, seconds: float, now: float) -> None:
         """It did not answer within `seconds`: that is what it takes, at least. Once may be chance, twice bans."""
@@ -202,6 +208,15 @@ class Wiring:
         if one is not None and one.pardoned_s <= now:  # several at once are one failure
             one.ban(now)
 
+    def blamed_another(self, stage: int, peer: str, now: float) -> None:
+        """It says that it could not pass on to a neighbour. Who always says so, and does nothing, is banned, too."""
+        one = self._stages[stage].get(peer)
+        if one is None or now - one.blamed_s < LEAST_BAN_S:
+            return
+        one.blames, one.blamed_s = one.blames + 1, now
+        if one.blames > MOST_BLAMES:
+            self.failed(stage, peer, now)
+
     def expected_s(self, stage: int, peer: str) -> float:
         """What a sequence should take this peer."""
         one = self._stages[stage].get(peer)
@@ -216,8 +231,14 @@ class Wiring:
         one = self._stages[stage].get(peer)
         if one is None:
             return LEAST_DEADLINE_S
-        others = [other.answering_s for other in self._stages[stage].values() if other.answering_s > 0.0]
+        others = [other.answered.value for other in self._stages[stage].values() if other.answered.weight]
+        others = others or [other.answering_s for other in self._stages[stage].values() if other.answering_s > 0.0]
         each_s = one.answering_s or (median(others) if others else UNKNOWN_S)
+        if others:
+            # Until it has answered, its word counts only as far as what others take makes it likely.
+            usual_s = one.answered.value or median(others)
+            each_s = min(each_s, MOST_PRAISE * usual_s)
+            queue_s = min(queue_s, MOST_QUEUED * usual_s * n_sequences)
         patience_s = max(LEAST_DEADLINE_S, DEADLINE_TIMES * (each_s * n_sequences + queue_s))
         patience_s *= 2.0 ** min(one.timeouts, MOST_DOUBLINGS)
         return min(patience_s, MOST_DEADLINE_S)
