@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from statistics import median
+from statistics import median, median_low
 from typing import TYPE_CHECKING
 
 from mycel.swarm.view import short_id
@@ -231,12 +231,14 @@ class Wiring:
         one = self._stages[stage].get(peer)
         if one is None:
             return LEAST_DEADLINE_S
-        others = [other.answered.value for other in self._stages[stage].values() if other.answered.weight]
-        others = others or [other.answering_s for other in self._stages[stage].values() if other.answering_s > 0.0]
-        each_s = one.answering_s or (median(others) if others else UNKNOWN_S)
+        rest = [other for other in self._stages[stage].values() if other is not one]
+        others = [other.answered.value for other in rest if other.answered.weight]
+        # The lower middle: of two, one that boasts of being slow must not make the other's word count for nothing.
+        others = others or [other.answering_s for other in rest if other.answering_s > 0.0]
+        each_s = one.answering_s or (median_low(others) if others else UNKNOWN_S)
         if others:
             # Until it has answered, its word counts only as far as what others take makes it likely.
-            usual_s = one.answered.value or median(others)
+            usual_s = one.answered.value or median_low(others)
             each_s = min(each_s, MOST_PRAISE * usual_s)
             queue_s = min(queue_s, MOST_QUEUED * usual_s * n_sequences)
         patience_s = max(LEAST_DEADLINE_S, DEADLINE_TIMES * (each_s * n_sequences + queue_s))
