@@ -252,7 +252,6 @@ class TrainingRun:
             write(json.dumps(self._summary(metrics, interrupted=bool(code))) + "\n")
         elif self.checkpoint is not None:
             self._say_end(metrics)
-            write(f"mycel start --model {shlex.quote(str(self.checkpoint))}\n")
         else:
             newest = newest_checkpoint(self.plan.checkpoints)
             step = metrics[-1].step if metrics else 0
@@ -282,7 +281,11 @@ class TrainingRun:
             parts += [f"{counted(self.n_lost, 'node')} lost"] if self.n_lost else []
             say(f"done: {', '.join(parts)}")
             say(f"metrics.jsonl, loss.png and loss.svg are in {self.plan.directory}")
+        if self.plan.recipe.has_bottlenecks:
+            say(f"the last checkpoint is {self.checkpoint}; with learned bottlenecks it is no Hugging Face model")
+            return
         say(f"the last checkpoint is {self.checkpoint}; to serve it:")
+        write(f"mycel start --model {shlex.quote(str(self.checkpoint))}\n")
 
     def _summary(self, metrics: Sequence[StepMetrics], *, interrupted: bool) -> dict[str, Any]:
         newest = newest_checkpoint(self.plan.checkpoints)

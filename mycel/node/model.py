@@ -21,6 +21,7 @@ from mycel.node.model_store import ModelStore, build_manifest
 from mycel.node.network import Network
 from mycel.node.served_span import token_bytes
 from mycel.node.text import TextCodec
+from mycel.node.training.founding import refuse_bottlenecks
 from mycel.protocols.errors import ConfigError
 from mycel.protocols.ports import Compute
 from mycel.swarm.manifest import Manifest, same_model, sign_manifest, swarm_id
@@ -69,6 +70,7 @@ async def find_model(config: NodeConfig, network: Network, store: ModelStore, co
     if directory is not None:
         snapshot = await trio.to_thread.run_sync(locate_model, directory)
         directory = snapshot.directory
+        refuse_bottlenecks(directory)
         build = partial(build_manifest, directory, store.cache_dir, source=snapshot.source)
         own, blobs = (await compute.run(build)).value
         if manifest is None:

@@ -18,11 +18,11 @@ from mycel.node.model_info import inspect_model
 from mycel.node.model_manifest import build_manifest
 from mycel.node.model_store import ModelStore
 from mycel.node.training import founding
-from mycel.node.training.founding import FoundedRun, found_run, plan_of, read_recipe, recipe_of
+from mycel.node.training.founding import FoundedRun, found_run, plan_of, read_recipe, recipe_of, refuse_bottlenecks
 from mycel.protocols.errors import ConfigError
 from mycel.security.identity import Identity
 from mycel.swarm.manifest import decode_manifest, manifest_bytes, sign_manifest, swarm_id
-from mycel.swarm.training.recipe import DataPart, Recipe, StepPart, canonical, n_steps
+from mycel.swarm.training.recipe import BorderPart, DataPart, Recipe, StepPart, canonical, n_steps
 from tests.tiny_models import make_tiny_model, make_tiny_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "docs" / "recipes"
@@ -351,3 +351,22 @@ def test_the_documentation_knows_every_key():
             assert not missing, name
         else:
             assert f"| `{name}` |" in text
+
+
+@pytest.mark.parametrize(
+    ("bottleneck", "stages", "refused"), [("maxout", 2, True), ("maxout", 1, False), ("none", 2, False)]
+)
+def test_a_checkpoint_with_learned_bottlenecks_is_taken_for_no_model(tmp_path, bottleneck, stages, refused):
+    """Without what its borders learned its weights are another model, and would answer nonsense."""
+    folder = tmp_path / "step-00000003" / "training"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").write_text("{}")
+    recipe = Recipe("x", step=StepPart(steps=1), stages=stages, border=BorderPart(bottleneck=bottleneck))
+    (folder / "recipe.toml").write_text(canonical(msgspec.structs.replace(recipe, data=DataPart("python-topics"))))
+    if refused:
+        with pytest.raises(ConfigError, match=r"step-00000003 is a checkpoint of a run with learned bottlenecks"):
+            refuse_bottlenecks(folder.parent)
+    else:
+        refuse_bottlenecks(folder.parent)
+    (folder / "checkpoint.json").unlink()
+    refuse_bottlenecks(folder.parent)  # somebody else's folder of that name says nothing

@@ -30,6 +30,7 @@ from mycel.node.demo import demo_model_dir
 from mycel.node.hub import download_snapshot, is_repository
 from mycel.node.model_info import TensorEntry, inspect_model, load_config
 from mycel.node.model_manifest import build_manifest
+from mycel.node.training.checkpoint_layout import NOTE_FILE
 from mycel.node.training.dataset import TokenDataset, open_dataset
 from mycel.node.training.token_file import Progress, alone
 from mycel.node.weights_load import WeightFiles, no_progress_bar
@@ -42,7 +43,7 @@ from mycel.swarm.training.recipe import Recipe, canonical, parse_recipe, publish
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["FoundedRun", "found_run", "plan_of", "read_recipe", "recipe_of"]
+__all__ = ["FoundedRun", "found_run", "plan_of", "read_recipe", "recipe_of", "refuse_bottlenecks"]
 
 # Counts up when the same recipe and model would give another directory.
 _VERSION = b"mycel run v1"
@@ -79,6 +80,17 @@ def recipe_of(directory: Path) -> Recipe | None:
         return None
     recipe = read_recipe(path)
     return published(recipe, recipe.data.fingerprint)
+
+
+def refuse_bottlenecks(directory: Path) -> None:
+    """ConfigError for the checkpoint of a run with learned bottlenecks: its weights alone are another model."""
+    path = (directory / NOTE_FILE).with_name(RECIPE_FILE)
+    is_ours = (directory / NOTE_FILE).is_file() and path.is_file()
+    if is_ours and read_recipe(path).has_bottlenecks:
+        raise ConfigError(
+            f"{directory} is a checkpoint of a run with learned bottlenecks between its stages: no Hugging Face model, "
+            "good for going on with that run alone"
+        )
 
 
 def plan_of(recipe: Recipe, run: bytes, directory: Path) -> RunPlan:
@@ -137,6 +149,7 @@ def _model_directory(recipe: Recipe, base: Path) -> Path:
 
 
 def _check_model(recipe: Recipe, model: Path, name: str) -> None:
+    refuse_bottlenecks(model)
     config = load_config(model)
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < recipe.data.sequence:

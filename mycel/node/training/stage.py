@@ -144,7 +144,7 @@ class TorchStage:
 
         Raises ConfigError for a run with learned bottlenecks.
         """
-        if self._recipe.border.bottleneck != "none" and self._plan.n_stages > 1:
+        if self._recipe.has_bottlenecks:
             raise ConfigError("a model with learned bottlenecks is not a Hugging Face model: it cannot be served")
         return self._span
 

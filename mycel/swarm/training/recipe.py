@@ -139,6 +139,11 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     recompute: Literal["auto", "always", "never"] = "auto"
 
+    @property
+    def has_bottlenecks(self) -> bool:
+        """Whether there is a border, and what crosses it is narrowed: then it trains no Hugging Face model."""
+        return self.border.bottleneck != "none" and self.stages > 1
+
 
 _PLACE = re.compile(r" - at `\$\.?(.*)`\Z", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`\Z", re.DOTALL)
