@@ -54,6 +54,7 @@ MUST_BE_PURE = (
     "mycel.swarm.liveness",
     "mycel.swarm.chaos",
     "mycel.swarm.invite",
+    "mycel.swarm.training.actions",
     "mycel.swarm.training.members",
     "mycel.swarm.training.moving",
     "mycel.swarm.training.numbers",

@@ -21,10 +21,10 @@ from mycel.node.training.stage_port import Backpass
 from mycel.node.training.stepping import StepDone
 from mycel.node.training.workshop_port import Holding
 from mycel.protocols.messages import PeerAddress
+from mycel.swarm.training.actions import Reduce
 from mycel.swarm.training.bell import Bell
 from mycel.swarm.training.pipeline import Load
 from mycel.swarm.training.plan import RunPlan
-from mycel.swarm.training.step import Reduce
 from tests.sim.compute import SimCompute
 from tests.sim.lossy import Losses
 from tests.sim.toy_stage import TABLE, VOCAB, ToyReference, ToySamples, ToyStage, ToyState

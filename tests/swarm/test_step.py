@@ -12,15 +12,11 @@ from hypothesis import strategies as st
 
 from mycel.protocols.training import Reduced, StageStatus
 from mycel.swarm.training import numbers
-from mycel.swarm.training.members import Members
-from mycel.swarm.training.plan import RunPlan
-from mycel.swarm.training.step import (
-    RESTORE_AFTER_S,
+from mycel.swarm.training.actions import (
     AddTied,
     Begin,
     Commit,
     Decision,
-    Facts,
     Finished,
     Reduce,
     Restore,
@@ -30,10 +26,10 @@ from mycel.swarm.training.step import (
     TakeSum,
     Uncount,
     Wait,
-    decide,
-    is_stranded,
-    uncovered,
 )
+from mycel.swarm.training.members import Members
+from mycel.swarm.training.plan import RunPlan
+from mycel.swarm.training.step import RESTORE_AFTER_S, Facts, decide, is_stranded, uncovered
 
 RUN = bytes(range(32))
 N = 90  # elements of every stage

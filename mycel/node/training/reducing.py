@@ -20,9 +20,16 @@ from mycel.node.training.sums import SumClient, all_of, own_partial, pieces
 from mycel.protocols.errors import PeerError, PeerRefused, VerificationError
 from mycel.protocols.ports import Compute
 from mycel.protocols.training import Reduced
+from mycel.swarm.training.actions import (
+    AddTied,
+    Range,
+    Reduce,
+    Seal,
+    TakeShards,
+    TakeSum,
+)
 from mycel.swarm.training.bell import Bell
 from mycel.swarm.training.lattice import to_float
-from mycel.swarm.training.step import AddTied, Range, Reduce, Seal, TakeShards, TakeSum
 
 __all__ = ["Pull", "Reducer", "TiedEnd"]
 

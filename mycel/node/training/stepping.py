@@ -22,18 +22,11 @@ from mycel.node.training.sum_table import SumTable
 from mycel.protocols.errors import PeerError, PeerRefused
 from mycel.protocols.ports import Compute
 from mycel.protocols.training import Reduced, StageState, StageStatus
-from mycel.swarm.training.bell import Bell
-from mycel.swarm.training.doubts import Doubt, suspects
-from mycel.swarm.training.members import Members
-from mycel.swarm.training.numbers import to_bytes
-from mycel.swarm.training.plan import RunPlan
-from mycel.swarm.training.progress import mean_loss
-from mycel.swarm.training.step import (
+from mycel.swarm.training.actions import (
     Action,
     Begin,
     Commit,
     Decision,
-    Facts,
     Finished,
     Reduce,
     Restore,
@@ -41,9 +34,14 @@ from mycel.swarm.training.step import (
     TakeSum,
     Uncount,
     Wait,
-    decide,
-    is_stranded,
 )
+from mycel.swarm.training.bell import Bell
+from mycel.swarm.training.doubts import Doubt, suspects
+from mycel.swarm.training.members import Members
+from mycel.swarm.training.numbers import to_bytes
+from mycel.swarm.training.plan import RunPlan
+from mycel.swarm.training.progress import mean_loss
+from mycel.swarm.training.step import Facts, decide, is_stranded
 
 __all__ = ["FetchState", "StageWork", "StepDone", "Stepper"]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mycel.protocols.training import Reduced
-from mycel.swarm.training.step import Range, uncovered
+from mycel.swarm.training.actions import Range
+from mycel.swarm.training.step import uncovered
 
 __all__ = ["FinalSum", "SumTable", "digest", "sum_of_squares"]
 

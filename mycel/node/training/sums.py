@@ -26,10 +26,10 @@ from mycel.protocols.ids import REDUCE
 from mycel.protocols.ports import Compute, Stream, Transport
 from mycel.protocols.tensors import from_wire, to_wire
 from mycel.protocols.training import MAX_MICROBATCHES, GetPartial, GetSum, NotNow, ReduceMessage, Slice
+from mycel.swarm.training.actions import Range
 from mycel.swarm.training.bell import Bell
 from mycel.swarm.training.lattice import check_partial
 from mycel.swarm.training.numbers import from_bytes, to_bytes
-from mycel.swarm.training.step import Range
 
 PIECE_ELEMENTS = 1 << 20  # in one answer: 8 MiB of a partial sum
 # How long a question for a sum that is about to be there waits, and how long an answer is waited for.
