@@ -68,6 +68,23 @@ def _ignore(_: StepDone) -> None:
     """For who does not listen."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Tenure:
+    """What works on the stage that is held."""
+
+    service: StageService
+    sums: SumService
+    client: SumClient
+    states: StateService
+    source: StateSource
+    stepper: Stepper
+    pipeline: Pipeline | None
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(part.sent_bytes for part in (self.service, self.sums, self.client, self.states))
+
+
 @dataclass(eq=False)
 class TrainingPeer:
     """`load` gives the tokens of samples; a peer without it holds a stage and drives nothing.
@@ -93,12 +110,7 @@ class TrainingPeer:
     bell: Bell = field(default_factory=Bell, init=False)
     members: Members = field(init=False)
     gossip: Gossip = field(init=False)
-    stepper: Stepper | None = field(default=None, init=False)
-    pipeline: Pipeline | None = field(default=None, init=False)
-    service: StageService | None = field(default=None, init=False)
-    _sums: SumService | None = field(default=None, init=False)
-    _client: SumClient | None = field(default=None, init=False)
-    _states: StateService | None = field(default=None, init=False)
+    _tenure: _Tenure | None = field(default=None, init=False)
     _sent_before: int = field(default=0, init=False)  # in stages held before
     _doubts: Doubts = field(init=False)
     _stage: int = field(default=0, init=False)
@@ -113,6 +125,21 @@ class TrainingPeer:
     @property
     def me(self) -> str:
         return self.transport.peer_id
+
+    @property
+    def stepper(self) -> Stepper | None:
+        """Of the stage that is held; None between two."""
+        return self._tenure.stepper if self._tenure is not None else None
+
+    @property
+    def service(self) -> StageService | None:
+        """The same."""
+        return self._tenure.service if self._tenure is not None else None
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """The same; also None on a node without the text."""
+        return self._tenure.pipeline if self._tenure is not None else None
 
     # ---- for the rest of the node
 
@@ -153,14 +180,10 @@ class TrainingPeer:
             sequences_per_s=min(service.sequences_per_s, MAX_FIGURE) if service is not None else 0.0,
             kept=min(self.workshop.kept, self.plan.n_steps),
             whole=min(self.workshop.whole, self.plan.n_steps),
-            sent_bytes=self._sent_before + self._sent(),
+            sent_bytes=self._sent_before + (self._tenure.sent_bytes if self._tenure is not None else 0),
             moving_to=self._moving_to,
             addresses=self.transport.addresses[:8],
         )
-
-    def _sent(self) -> int:
-        parts = (self.service, self._sums, self._client, self._states)
-        return sum(part.sent_bytes for part in parts if part is not None)
 
     # ---- which stage
 
@@ -196,12 +219,36 @@ class TrainingPeer:
     async def _hold(self, index: int) -> int | None:
         """Train stage `index`; where to go next, or None when this peer leaves the run."""
         holding = await self.workshop.make(index)
-        stage, state, plan = holding.stage, holding.state, self.plan
+        tenure = self._tenure = self._equip(holding)
+        try:
+            async with background() as tasks:
+                tenure.service.start()
+                tenure.sums.start()
+                await tasks.start(tenure.states.run)
+                tasks.start_soon(tenure.service.run)
+                if tenure.pipeline is not None:
+                    tasks.start_soon(tenure.pipeline.run)
+                tasks.start_soon(self._open_when_ready, holding, tenure.stepper)
+                tasks.start_soon(self._doubt, tenure.stepper, tenure.service)
+                if self.fixed is None:
+                    mover = Mover(self.me, trio.current_time(), self.terms.move_every_s)
+                    tasks.start_soon(self._move, mover, tenure.stepper, tenure.source)
+                await tenure.stepper.run()
+        finally:
+            self._sent_before += tenure.sent_bytes
+            self._tenure = None
+            with trio.CancelScope(shield=True):
+                await self.workshop.close(holding)
+        return self._moving_to if self._moving_to >= 0 and not self._leaving.is_set() else None
+
+    def _equip(self, holding: Holding) -> _Tenure:
+        """Everything that works on a stage, tied together; nothing runs yet."""
+        stage, state, plan, index = holding.stage, holding.state, self.plan, holding.stage.index
         ledger = Ledger(stage.n_elements, state.version)
         table = SumTable(stage.n_elements, stage.tied, state.version)
-        client = self._client = SumClient(self.transport, plan.run)
-        sums = self._sums = SumService(self.transport, plan.run, index, ledger, table, self.compute, self.bell)
-        service = self.service = StageService(
+        client = SumClient(self.transport, plan.run)
+        sums = SumService(self.transport, plan.run, index, ledger, table, self.compute, self.bell)
+        service = StageService(
             self.transport,
             plan,
             stage,
@@ -215,7 +262,7 @@ class TrainingPeer:
             self.terms.memory_bytes,
             self.on_diverged,
         )
-        states = self._states = StateService(
+        states = StateService(
             self.transport,
             plan.run,
             index,
@@ -241,7 +288,7 @@ class TrainingPeer:
             states,
             client,
         )
-        stepper = self.stepper = Stepper(
+        stepper = Stepper(
             plan,
             self.members,
             self.bell,
@@ -257,30 +304,8 @@ class TrainingPeer:
             state="joining",
             on_withheld=self._withheld,
         )
-        target: int | None = None
-        try:
-            async with background() as tasks:
-                service.start()
-                sums.start()
-                await tasks.start(states.run)
-                tasks.start_soon(service.run)
-                if self.load is not None:
-                    self.pipeline = self._trainer(stepper, service)
-                    tasks.start_soon(self.pipeline.run)
-                tasks.start_soon(self._open_when_ready, holding, stepper)
-                tasks.start_soon(self._doubt, stepper, service)
-                if self.fixed is None:
-                    mover = Mover(self.me, trio.current_time(), self.terms.move_every_s)
-                    tasks.start_soon(self._move, mover, stepper, source)
-                await stepper.run()
-                target = self._moving_to if self._moving_to >= 0 and not self._leaving.is_set() else None
-        finally:
-            self._sent_before += self._sent()
-            self.stepper = self.service = self.pipeline = None
-            self._sums = self._client = self._states = None
-            with trio.CancelScope(shield=True):
-                await self.workshop.close(holding)
-        return target
+        pipeline = self._trainer(stepper, service) if self.load is not None else None
+        return _Tenure(service, sums, client, states, source, stepper, pipeline)
 
     def _trainer(self, stepper: Stepper, service: StageService) -> Pipeline:
         assert self.load is not None
