@@ -25,6 +25,7 @@ from mycel.protocols.messages import (
     RingMessage,
     SessionMessage,
 )
+from mycel.protocols.rounds import BlobMessage, RoundMessage
 from mycel.protocols.training import PipeMessage, ReduceMessage, StageStatus, StateMessage
 from mycel.protocols.wire import TensorHeader, WireTensor, padded
 
@@ -101,3 +102,5 @@ train_codec: Codec[StageStatus] = Codec(StageStatus, "train")
 pipe_codec: Codec[PipeMessage] = Codec(PipeMessage, "pipe")
 reduce_codec: Codec[ReduceMessage] = Codec(ReduceMessage, "reduce")
 state_codec: Codec[StateMessage] = Codec(StateMessage, "state")
+round_codec: Codec[RoundMessage] = Codec(RoundMessage, "round")
+blob_codec: Codec[BlobMessage] = Codec(BlobMessage, "blobs")

@@ -1,0 +1,1 @@
+"""Rounds without a leader: contribution -> aggregate -> apply, committed by a certificate."""
