@@ -68,6 +68,18 @@ MUST_BE_PURE = (
     "mycel.swarm.training.walks",
     "mycel.swarm.training.wiring",
     "mycel.protocols.training",
+    "mycel.swarm.zeroth.byte",
+    "mycel.swarm.zeroth.chain",
+    "mycel.swarm.zeroth.choose",
+    "mycel.swarm.zeroth.compact",
+    "mycel.swarm.zeroth.defence",
+    "mycel.swarm.zeroth.directions",
+    "mycel.swarm.zeroth.lattice",
+    "mycel.swarm.zeroth.lines",
+    "mycel.swarm.zeroth.log",
+    "mycel.swarm.zeroth.replay",
+    "mycel.swarm.zeroth.rule",
+    "mycel.swarm.zeroth.seeds",
 )
 # Where most decisions live, a module has to say where it stands; in node and cli the shell is the rule.
 ROOMS_THAT_STATE_RINGS = ("protocols", "security", "dht", "swarm")
