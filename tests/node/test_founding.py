@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -22,7 +23,7 @@ from mycel.node.training.founding import FoundedRun, found_run, plan_of, read_re
 from mycel.protocols.errors import ConfigError
 from mycel.security.identity import Identity
 from mycel.swarm.manifest import decode_manifest, manifest_bytes, sign_manifest, swarm_id
-from mycel.swarm.training.recipe import BorderPart, DataPart, Recipe, StepPart, canonical, n_steps
+from mycel.swarm.training.recipe import BorderPart, DataPart, MethodPart, Recipe, StepPart, canonical, n_steps
 from tests.tiny_models import make_tiny_model, make_tiny_tokenizer
 
 RECIPES = Path(__file__).resolve().parents[2] / "docs" / "recipes"
@@ -344,6 +345,8 @@ def test_the_documentation_knows_every_key():
     text = (RECIPES.parent / "recipe.md").read_text("utf-8")
     sections = {name: part for name, _, part in (s.partition("]\n") for s in text.split("## [")[1:])}
     recipe = read_recipe(RECIPES / "topics.toml")
+    for choice in get_args(MethodPart):
+        assert all(f"`{key}`" in sections["method"] for key in choice.__struct_fields__), choice
     for name in recipe.__struct_fields__:
         value = getattr(recipe, name)
         if isinstance(value, msgspec.Struct):

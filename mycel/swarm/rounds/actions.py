@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mycel.protocols.rounds import Certificate, Joining, Offer, RoundMessage, Vote
+from mycel.protocols.rounds import Certificate, Joining, Offer, Plan, Proposal, RoundMessage, Vote
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +20,13 @@ class Say:
 
 @dataclass(frozen=True, slots=True)
 class Remember:
-    """Write this vote down, on disk, before anything after it is done: a restarted peer must not vote otherwise."""
+    """Write this down, on disk, before anything after it is done: a restarted peer must not say otherwise.
 
-    vote: Vote
+    Everything that must be said once is written, not votes alone: an honest peer that offers or plans anew after a
+    crash would look like a liar; and a vote without the proposal that it locks could never be made good.
+    """
+
+    vote: Vote | Offer | Plan | Proposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,4 +94,11 @@ class FallenBehind:
     reason: str
 
 
-Action = Say | Remember | Collect | FetchOffers | Reduce | Decide | Commit | Name | FallenBehind
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """Tell `peer` alone what `repeat()` says: it has come into this round late, and let go what was said before."""
+
+    peer: str
+
+
+Action = Say | Repeat | Remember | Collect | FetchOffers | Reduce | Decide | Commit | Name | FallenBehind

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mycel.protocols.rounds import MAX_SHARDS, NOTHING, Outcome, outcome_digest
+from mycel.protocols.rounds import NOTHING, Outcome, outcome_digest
 
 _BEACON_DOMAIN = b"mycel beacon v1"
 _ORDER_DOMAIN = b"mycel order v1"
@@ -27,7 +27,8 @@ class GroupTerms:
     more than two thirds of the members sign a certificate, fewer than one third may lie; otherwise a majority does and
     members are trusted not to. `contributors`: the share of members that a round waits for before its grace begins.
     `liars` is the share of contributions that the rule withstands. Who contributes nothing to `absences` rounds in a
-    row is no member any more. `audits` members recompute one shard each, unannounced.
+    row is no member any more. `audits` members recompute one shard each, unannounced. A vector is cut into `shards`,
+    fewer if they would have less than 16 Ki elements.
     """
 
     n_elements: int
@@ -41,6 +42,7 @@ class GroupTerms:
     contributors: float = 2 / 3
     absences: int = 3
     audits: int = 1
+    shards: int = 16
     patience_s: float = 60.0
     longest_grace_s: float = 30.0
     attempt_s: float = 5.0
@@ -50,10 +52,9 @@ class GroupTerms:
         return (2 * n_members) // 3 + 1 if self.open else n_members // 2 + 1
 
     def n_shards(self, n_members: int) -> int:
-        """Into how many slices a vector is cut: one for each member, none of less than 16 Ki elements."""
-        if self.aggregators == 0:
-            return 1
-        return max(1, min(n_members, MAX_SHARDS, self.n_elements // (1 << 14)))
+        """Into how many shards a vector is cut, whoever comes and goes: what was not sent is kept by shard."""
+        del n_members
+        return 1 if self.aggregators == 0 else max(1, min(self.shards, self.n_elements >> 14))
 
     def n_liars(self, n_rows: int) -> int:
         """How many of so many contributions the rule is to withstand."""

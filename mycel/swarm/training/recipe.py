@@ -19,14 +19,18 @@ from msgspec import Meta, Struct
 
 from mycel.protocols.errors import ConfigError, one_line
 from mycel.protocols.training import MAX_MICROBATCHES
+from mycel.swarm.methods.options import MethodOptions
 
 __all__ = [
     "BorderPart",
     "CheckpointPart",
     "DataPart",
+    "ExactOptions",
+    "MethodPart",
     "ModelPart",
     "OptimizerPart",
     "Recipe",
+    "RoundPart",
     "SchedulePart",
     "StepPart",
     "canonical",
@@ -117,6 +121,32 @@ class BorderPart(Struct, frozen=True, forbid_unknown_fields=True):
     factor: Literal[2, 4, 8] = 2
 
 
+class ExactOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="exact"):
+    """Each step's gradients are summed as integers: trusts everybody, sends everything, and needs no rounds."""
+
+
+MethodPart = ExactOptions | MethodOptions
+
+
+class RoundPart(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the peers of a group agree on what their contributions come to; not for the method "exact".
+
+    `rule` brings contributions together and withstands the share `liars` of them; "" is Mycel's choice. `aggregators`
+    reduce each shard independently, 0: everybody everything. `open`: more than two thirds of the members sign, else a
+    majority of members who are trusted. It begins with `peers`; `contributors` is the share of them that is waited for.
+    """
+
+    rule: Annotated[str, Meta(max_length=128)] = ""
+    liars: Annotated[float, Meta(ge=0.0, le=0.49)] = 0.25
+    aggregators: Annotated[int, Meta(ge=0, le=15)] = 3
+    open: bool = True
+    peers: Annotated[int, Meta(ge=1, le=256)] = 1
+    contributors: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.67
+    absences: Annotated[int, Meta(ge=1, le=1000)] = 3
+    audits: Annotated[int, Meta(ge=0, le=256)] = 1
+    patience_s: Annotated[float, Meta(ge=0.1, le=1e6)] = 60.0
+
+
 class CheckpointPart(Struct, frozen=True, forbid_unknown_fields=True):
     """A checkpoint every `every` steps and at the end (0: at the end alone); the newest `keep` stay."""
 
@@ -135,6 +165,8 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True):
     step: StepPart = StepPart()
     border: BorderPart = BorderPart()
     checkpoint: CheckpointPart = CheckpointPart()
+    method: MethodPart = ExactOptions()
+    round: RoundPart = RoundPart()
     stages: Annotated[int, Meta(ge=1, le=64)] = 1
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     recompute: Literal["auto", "always", "never"] = "auto"
@@ -183,6 +215,8 @@ def _flaws(recipe: Recipe) -> Iterator[str]:
         yield "optimizer.betas: both must be less than 1"
     if recipe.optimizer.momentum >= 1.0:
         yield "optimizer.momentum: must be less than 1"
+    if recipe.stages > 1 and not isinstance(recipe.method, ExactOptions):
+        yield "stages: in a run of rounds every node holds the whole model: stages = 1"
     if not recipe.model.path:
         yield 'model.path: must name a model directory, or "demo"'
 
@@ -242,11 +276,15 @@ def canonical(recipe: Recipe) -> str:
     for section, part in values.items():
         if isinstance(part, Struct):
             lines += ["", f"[{section}]"]
+            if (tag := part.__struct_config__.tag) is not None:
+                lines.append(f"name = {_toml(str(tag))}")
             lines += [f"{key} = {_toml(getattr(part, key))}" for key in part.__struct_fields__]
     return "\n".join(lines) + "\n"
 
 
 def _toml(value: str | float | tuple[str | float, ...]) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, tuple):
         return f"[{', '.join(_toml(item) for item in value)}]"
     if isinstance(value, str):
@@ -263,12 +301,15 @@ def _mistake(message: str, raw: dict[str, Any]) -> str:
     place = _PLACE.search(message)
     key, problem = (place[1], message[: place.start()]) if place else ("", message)
     if unknown := _UNKNOWN.match(problem):
-        known = ", ".join(_section(key).__struct_fields__)
+        known = ", ".join(_section(key, raw).__struct_fields__)
         return f"{_short(_join(key, unknown[1]))}: there is no such key; known are {known}"
     if missing := _MISSING.match(problem):
         return f"{_join(key, missing[1])}: must be given"
+    if key == "method.name":
+        names = ", ".join(str(choice.__struct_config__.tag) for choice in get_args(MethodPart))
+        return f"method.name: must be one of {names}, not {_short(_value(raw, key))}"
     if problem.startswith("Invalid enum value"):
-        choices = ", ".join(str(choice) for choice in get_args(get_type_hints(_section(key))[_last(key)]))
+        choices = ", ".join(str(choice) for choice in get_args(get_type_hints(_section(key, raw))[_last(key)]))
         return f"{key}: must be one of {choices}, not {_short(_value(raw, key))}"
     if key == "name":
         return "name: must be 1 to 64 letters, digits, dots, underscores and hyphens, a letter or digit first"
@@ -279,9 +320,13 @@ def _mistake(message: str, raw: dict[str, Any]) -> str:
     return f"{key}: {problem[:1].lower()}{problem[1:].replace('`', '')}"
 
 
-def _section(key: str) -> type[Struct]:
+def _section(key: str, raw: dict[str, Any]) -> type[Struct]:
     """The part of a recipe that `key` is, or is in."""
-    part = get_type_hints(Recipe).get(key.partition(".")[0])
+    name = key.partition(".")[0]
+    part = get_type_hints(Recipe).get(name)
+    if name == "method":
+        chosen = raw["method"].get("name")
+        part = next(choice for choice in get_args(MethodPart) if choice.__struct_config__.tag == chosen)
     return part if isinstance(part, type) and issubclass(part, Struct) else Recipe
 
 
