@@ -1,7 +1,7 @@
 """What liars do to a real training run under each aggregation rule and each codec: accuracies, and the worst cell.
 
     python -m benchmarks.attackers [--parts iid20,dir20,iid40,dir40,codecs] [--rules R,R] [--attacks A,A]
-        [--seeds 2] [--steps 120] [--json FILE]
+        [--seeds 2] [--first-seed 0] [--steps 120] [--json FILE]
 
 Twenty peers train an MLP of 4,810 parameters on 1,797 handwritten digits of 8 x 8 pixels (digits.csv.gz), each sending
 its gradient with worker momentum 0.9. iid: each step's batch is drawn from all data, as the beacon does it; dir: a
@@ -296,9 +296,13 @@ def train(run: Run) -> float:
     return statistics.fmean(seen)
 
 
-def cell(run: Run, n_seeds: int) -> float:
+def seeds_of(options: argparse.Namespace) -> range:
+    return range(options.first_seed, options.first_seed + options.seeds)
+
+
+def cell(run: Run, seeds: range) -> float:
     """The mean accuracy over seeds."""
-    return statistics.fmean(train(replace(run, seed=seed)) for seed in range(n_seeds))
+    return statistics.fmean(train(replace(run, seed=seed)) for seed in seeds)
 
 
 def worst(cells: dict[str, float]) -> float:
@@ -330,7 +334,7 @@ def part(name: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     n_liars = N_PEERS * (40 if name.endswith("40") else 20) // 100
     by_codec = name == "codecs"
     base = Run("oracle", "none", alpha, n_liars, 0, options.steps)
-    oracle = cell(base, options.seeds)
+    oracle = cell(base, seeds_of(options))
     rules = options.rules or (RULES_AT_40 if name.endswith("40") else RULES)
     usual = CODEC_ATTACKS if by_codec else ATTACKS_AT_40 if name.endswith("40") else MATRIX_ATTACKS
     attacks = options.attacks or usual
@@ -339,13 +343,16 @@ def part(name: str, options: argparse.Namespace) -> dict[str, dict[str, float]]:
         told = replace(base, rule=DEFAULT_RULE, codec=line) if by_codec else replace(base, rule=line)
         rows[line] = {
             # Flag takes its time to decide: it is not searched against.
-            lie: cell(replace(told, attack=lie), options.seeds)
+            lie: cell(replace(told, attack=lie), seeds_of(options))
             for lie in attacks
             if not (line == "flag" and lie in SEARCHES and lie != "opt-ipm")
         }
         print(json.dumps({"part": name, "row": line, "worst": round(worst(rows[line]), 1)}), flush=True)
     data = "iid" if alpha is None else f"Dirichlet({alpha})"
-    print(f"{name}: {data}, {n_liars} of {N_PEERS} lie, {options.seeds} seeds, {options.steps} steps")
+    print(
+        f"{name}: {data}, {n_liars} of {N_PEERS} lie, "
+        f"seeds {', '.join(map(str, seeds_of(options)))}, {options.steps} steps"
+    )
     print(table(rows, oracle), flush=True)
     return {"oracle": {"none": oracle}, **rows}
 
@@ -360,6 +367,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rules", type=_listed, default=())
     parser.add_argument("--attacks", type=_listed, default=())
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0, help="rule and decay of standing were chosen on 0 and 1")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--json", help="a file for all cells")
     options = parser.parse_args(argv)

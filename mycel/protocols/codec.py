@@ -25,7 +25,7 @@ from mycel.protocols.messages import (
     RingMessage,
     SessionMessage,
 )
-from mycel.protocols.rounds import BlobMessage, RoundMessage
+from mycel.protocols.rounds import BlobMessage, RoundMessage, StreamMessage
 from mycel.protocols.training import PipeMessage, ReduceMessage, StageStatus, StateMessage
 from mycel.protocols.wire import TensorHeader, WireTensor, padded
 
@@ -103,4 +103,5 @@ pipe_codec: Codec[PipeMessage] = Codec(PipeMessage, "pipe")
 reduce_codec: Codec[ReduceMessage] = Codec(ReduceMessage, "reduce")
 state_codec: Codec[StateMessage] = Codec(StateMessage, "state")
 round_codec: Codec[RoundMessage] = Codec(RoundMessage, "round")
+stream_codec: Codec[StreamMessage] = Codec(StreamMessage, "round")
 blob_codec: Codec[BlobMessage] = Codec(BlobMessage, "blobs")

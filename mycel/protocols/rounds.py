@@ -32,6 +32,7 @@ Signature = Annotated[bytes, Meta(min_length=64, max_length=64)]
 ShardIndex = Annotated[int, Meta(ge=0, lt=MAX_SHARDS)]
 Keys = Annotated[tuple[Key, ...], Meta(max_length=MAX_SHARDS)]
 Size = Annotated[int, Meta(ge=0, le=MAX_BODY_BYTES)]
+Score = Annotated[int, Meta(ge=-(1 << 20), le=1 << 20)]
 Peers = Annotated[tuple[PeerId, ...], Meta(max_length=MAX_GROUP)]
 
 NOTHING = bytes(32)
@@ -87,6 +88,20 @@ class Offer(Message, frozen=True):
     signature: Signature
 
 
+class Scalars(Message, frozen=True):
+    """An `Offer` of scalars alone by whoever speaks, without what its last `Joining` on this stream has said.
+
+    That is run, scope, outcome and state. Its weight is the number of its scalars less `beside`: so an update of one
+    byte travels in little more. The signature is the offer's.
+    """
+
+    round: Count
+    beside: Annotated[int, Meta(ge=0, le=255)]
+    staleness: Annotated[int, Meta(ge=0, le=15)]
+    scalars: Annotated[bytes, Meta(max_length=MAX_SCALAR_BYTES)]
+    signature: Signature
+
+
 class Held(Message, frozen=True):
     """Of `shard`, which I may have to reduce, I hold the bodies of these offers (digests). The newest counts."""
 
@@ -131,7 +146,8 @@ class Outcome(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What a round decides. `offers` count, `results` are the shards' coded results, `decision` what the rule decided.
 
     `members` are those of the next round, `missed` in how many rounds in a row each of them contributed nothing,
-    `convicted` who was proved to lie and is out for good.
+    `convicted` who was proved to lie and is out for good, `standing` what the members' contributions have been worth so
+    far, in units of 2^-20 (empty: nothing of anybody). `begun`: there have been enough members to begin.
     """
 
     run: Key
@@ -146,6 +162,8 @@ class Outcome(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     members: Peers
     missed: Annotated[tuple[Count, ...], Meta(max_length=MAX_GROUP)]
     convicted: Peers = ()
+    standing: Annotated[tuple[Score, ...], Meta(max_length=MAX_GROUP)] = ()
+    begun: bool = False
 
 
 class Proposal(Message, frozen=True):
@@ -186,6 +204,9 @@ class Certificate(Message, frozen=True):
 
 
 RoundMessage = Joining | Request | Offer | Held | Plan | Claim | Proposal | Vote | Certificate
+
+StreamMessage = RoundMessage | Scalars
+"""What is sent on a ROUND stream: a statement, or one in short."""
 
 # ---- BLOBS -----------------------------------------------------------------------------------------------------------
 
@@ -260,6 +281,26 @@ def signed_part(statement: Request | Offer | Plan | Claim | Proposal | Vote) -> 
     return vote_part(statement, statement.attempt, statement.kind, statement.value)
 
 
+def shortened(offer: Offer, joining: Joining, peer: str) -> Offer | Scalars:
+    """What to send of an offer on a stream of `peer` on which `joining` was said last: all of it if it does not fit."""
+    beside = len(offer.scalars) - offer.weight
+    said = (joining.run, joining.scope, joining.round, peer, joining.last, joining.state)
+    fits = said == (offer.run, offer.scope, offer.round, offer.peer, offer.last, offer.state)
+    if not fits or offer.bodies or offer.sizes or not 0 <= beside <= 255:
+        return offer
+    return Scalars(offer.round, beside, offer.staleness, offer.scalars, offer.signature)
+
+
+def restored(scalars: Scalars, joining: Joining, peer: str) -> Offer | None:
+    """The offer again; None for one of another round than `joining`, or of more beside updates than there is."""
+    weight = len(scalars.scalars) - scalars.beside
+    if scalars.round != joining.round or weight < 0:
+        return None
+    made_from = (joining.last, joining.state)
+    place = (joining.run, joining.scope, joining.round, peer, *made_from)
+    return Offer(*place, weight, scalars.staleness, (), (), scalars.scalars, scalars.signature)
+
+
 def vote_part(place: Outcome | Vote, attempt: int, kind: str, value: bytes) -> bytes:
     """What a vote's signature covers, without its author: a certificate's signers all signed the same bytes."""
     return _covered("vote", [*_place(place.run, place.scope, place.round), _u64(attempt), kind.encode(), value])
@@ -284,6 +325,8 @@ def outcome_digest(outcome: Outcome) -> bytes:
         _names(outcome.members),
         b"".join(map(_u64, outcome.missed)),
         _names(outcome.convicted),
+        struct.pack(f"<{len(outcome.standing)}i", *outcome.standing),
+        _u64(outcome.begun),
     ]
     return hashlib.sha256(_covered("outcome", fields)).digest()
 

@@ -173,7 +173,8 @@ def test_members_come_and_go_through_twenty_rounds(seed):
         if down and (len(net.members) < 4 or rng.random() < 0.5):
             net.nodes[rng.choice(down)].wants = "member"
             net.start(rng.choice(down))
-        elif len(up) == len(net.members) >= 4:
+        elif len(up) == len(net.members) >= 4 and all(len(net.nodes[p].chain) == len(net.outcomes) for p in up):
+            # Not before all know of the fourth: of three members all have to sign.
             leaver = net.nodes[rng.choice(up)]
             if rng.random() < 0.5:
                 net.kill(leaver.peer)

@@ -53,7 +53,7 @@ T = TypeVar("T")
 
 _SMALL_BYTES = 64 * 1024
 # A lane costs a few round trips more to open than a stream.
-LANE_BYTES = 1 << 20
+LANE_BYTES = 1 << 17
 
 Hook = Callable[[str, GetCertificates | GetOffers], Certificates | Offers | NotHere]
 """Answers what is no question for a blob: (who asks, the question)."""

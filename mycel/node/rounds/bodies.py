@@ -6,6 +6,7 @@ Ring: shell.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,6 +74,7 @@ class Bodies:
     _told: set[tuple[int, bytes]] = field(default_factory=set, init=False)
     # Who says that it holds a body, besides its author: (shard, digest of the offer) -> peers.
     _holders: dict[tuple[int, bytes], set[str]] = field(default_factory=dict, init=False)
+    _n_first: Counter[str] = field(default_factory=Counter, init=False)
     _known: Bell = field(default_factory=Bell, init=False)
 
     def note(self, peer: str, held: Held) -> None:
@@ -82,7 +84,9 @@ class Bodies:
         for digest in held.offers:
             holders = self._holders.get((held.shard, digest))
             if holders is None:
-                if len(self._holders) >= 2 * MAX_GROUP * self.n_shards:
+                # Who names what nobody offers fills its own share alone.
+                self._n_first[peer] += 1
+                if self._n_first[peer] > MAX_GROUP * self.n_shards:
                     return
                 holders = self._holders[held.shard, digest] = set()
             if peer not in holders and len(holders) < MAX_GROUP:
@@ -148,7 +152,10 @@ class Bodies:
         return Computed(await self.store.put(result, self.number + 1), b"", len(result))
 
     async def decide(self, action: Decide) -> bytes:
-        rows = [Row(b"", offer.weight, offer.staleness) for offer in with_bodies(action.offers)]
+        rows = [
+            Row(b"", offer.weight, offer.staleness, offer.peer, standing)
+            for offer, standing in zip(with_bodies(action.offers), action.standing, strict=True)
+        ]
         return (await self.compute.run(partial(self.reducer.decide, rows, action.grams, action.plan))).value
 
 

@@ -36,7 +36,7 @@ from mycel.swarm.rounds.actions import (
     Repeat,
     Say,
 )
-from mycel.swarm.rounds.machine import RoundMachine
+from mycel.swarm.rounds.machine import RoundMachine, Wants
 from mycel.swarm.rounds.terms import genesis, reducers
 from mycel.swarm.training.bell import Bell
 
@@ -50,16 +50,19 @@ MAX_ASKED = 3
 class Driver:
     """Of one group. `bell` rings when a round begins or is over, and when somebody comes, goes or falls behind.
 
-    `commits` are rounds that are over: certificate, and offers as far as the machine has them. `behind` is why others
-    should be followed, until somebody does. `times`: when the round in hand got how far, by trio's clock.
+    `commits` are rounds that are over: certificate, and offers as far as the machine has them. `differs` says that most
+    share another state, until somebody looks at it. `times`: when the round in hand got how far, by trio's clock.
     """
 
     def __init__(self, place: GroupPlace, ports: GroupPorts, books: Books, shelf: Shelf, reducer: Reducer) -> None:
         self.bell = Bell()
         self.times: dict[str, float] = {}
         self.commits: dict[int, tuple[Certificate, tuple[Offer, ...]]] = {}
-        self.behind: FallenBehind | None = None
+        self.differs: FallenBehind | None = None
         self.joinings: dict[str, Joining] = {}
+        self._wants: Wants = "member"
+        # What this peer computes is on disk before it says so.
+        self.keeps_results = False
         store = ports.blobs.store(*place.key)
         self.history = History(place.key, store, books, ports.event, self._check, lambda: self.machine.offers, shelf)
         self.streams = RoundStreams(
@@ -72,6 +75,7 @@ class Driver:
             lambda peer: peer in self.machine.members,
         )
         self._place, self._ports, self._store, self._books, self._reducer = place, ports, store, books, reducer
+        self._shelf = shelf
         self._me = ports.signer.peer_id
         self.machine = self._machine(genesis(place.run, place.scope, place.founder), NOTHING)
         self._bodies = self._new_bodies()
@@ -120,8 +124,7 @@ class Driver:
         self.times = {"begun": trio.current_time()}
         self._bodies = self._new_bodies()
         self.commits = {over: commit for over, commit in self.commits.items() if over >= number}
-        if self.behind is not None and self.behind.joining.round <= number:
-            self.behind = None
+        self.differs = None
         self._store.drop_before(number)
         for member in self.machine.members:
             self.streams.meet(PeerAddress(member))
@@ -134,13 +137,15 @@ class Driver:
     def _machine(self, outcome: Outcome, state: bytes) -> RoundMachine:
         said = self._books.votes.of_round(outcome.round + 1)
         addresses = self._ports.transport.addresses[:8]
-        return RoundMachine(self._ports.signer, self._place.terms, outcome, state, said, addresses=addresses)
+        machine = RoundMachine(self._ports.signer, self._place.terms, outcome, state, said, addresses=addresses)
+        machine.want(self._wants, -math.inf)
+        return machine
 
     def _check(self, outcome: Outcome, certificate: Certificate) -> None:
         RoundMachine(self._ports.signer, self._place.terms, outcome, NOTHING).check(certificate)
 
     def _new_bodies(self) -> Bodies:
-        number, n_shards = self.machine.round, self._place.terms.n_shards(len(self.machine.members))
+        number, n_shards = self.machine.round, self._place.terms.n_shards
         ports = self._ports
         return Bodies(number, n_shards, self._store, self._reducer, ports.compute, ports.event, self._held)
 
@@ -149,6 +154,11 @@ class Driver:
         self.times.setdefault(what, trio.current_time())
 
     # ---- what comes in
+
+    def want(self, wants: Wants) -> None:
+        """Be a member, look on, or leave; also after the state of others was taken."""
+        self._wants = wants
+        self.act(self.machine.want(wants, trio.current_time()))
 
     def offer(self, offer: Offer) -> None:
         """Contribute this to the round in hand."""
@@ -169,7 +179,7 @@ class Driver:
         if isinstance(message, Joining):
             self.joinings[peer] = message
             self.bell.ring()
-        elif isinstance(message, Held):
+        elif isinstance(message, Held) and peer in self.machine.members:
             self._bodies.note(peer, message)
         self.act(self.machine.receive(peer, message, trio.current_time()))
 
@@ -224,9 +234,9 @@ class Driver:
         elif isinstance(action, Name):
             self._ports.event("peer.named", peer=action.peer, round=number, reason=action.reason)
         elif isinstance(action, FallenBehind):
-            if self.behind is None or self.behind.joining.round < action.joining.round:
-                self.behind = action
-                self.bell.ring()
+            if action.joining.round == self.machine.round:
+                self.differs = action
+            self.bell.ring()
         elif number == self.machine.round:
             self._start_work(action)
 
@@ -276,6 +286,8 @@ class Driver:
         while self._reducer.needs_before and self._before is None:
             await self.bell.after(self.bell.count)
         done = await bodies.reduce(action, self._before or ())
+        if action.kind == "sum" and self.keeps_results and (result := self._store.get(done.value)) is not None:
+            await self._books.write(partial(self._shelf.put_result, bodies.number, done.value, result))
         value = (done.value, done.data, done.size_bytes)
         self.act(self.machine.computed(action.kind, action.plan, action.shard, *value, trio.current_time()))
 
@@ -298,8 +310,10 @@ class Driver:
     # ---- who has what
 
     def ahead(self, number: int) -> list[str]:
-        """Peers here that have applied round `number`."""
-        return sorted(peer for peer, joining in self.joinings.items() if joining.round > number)
+        """Peers here that say to have applied round `number`, members first; certificates alone prove it."""
+        members = self.machine.members
+        claims = [peer for peer, joining in self.joinings.items() if joining.round > number]
+        return sorted(claims, key=lambda peer: (peer not in members, peer))
 
     def givers(self, outcome: Outcome, shard: int) -> list[str]:
         """Who should have the result of a shard: its reducers, each asked first by some, then whoever else is here."""

@@ -9,6 +9,7 @@ Ring: shell.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from mycel.node.rounds.shelf import Shelf
 from mycel.node.rounds.vote_book import Books
 from mycel.protocols.errors import LocalProtocolError, RouteUnavailable
 from mycel.protocols.messages import PeerAddress
-from mycel.protocols.rounds import NOTHING, Certificate, Offer
+from mycel.protocols.rounds import NOTHING, Certificate, Offer, Outcome
 from mycel.swarm.rounds.actions import FallenBehind
+from mycel.swarm.rounds.membership import gathering
 from mycel.swarm.rounds.statements import make_offer
 from mycel.swarm.rounds.terms import genesis
 from mycel.swarm.training.bell import Bell
@@ -35,6 +37,8 @@ __all__ = ["Committed", "Contribution", "Group", "GroupPlace", "GroupPorts", "Ne
 MAX_TRIES = 4
 # Who is one round behind waits so long for the certificate that is probably on its way.
 CERTIFICATE_GRACE_S = 1.0
+# Who says to be ahead is asked for certificates alone for so long; then the next one, too.
+CHAIN_TURN_S = 2.0
 
 
 class Group:
@@ -53,7 +57,7 @@ class Group:
         self._shelf = Shelf(folder / "rounds")
         self._driver = Driver(place, ports, self._books, self._shelf, reducer)
         # The rule measures from the last results: without them a group could not go on after all of it died.
-        self._needs_shelf = standing.keeps_rounds or reducer.needs_before
+        self._needs_shelf = self._driver.keeps_results = standing.keeps_rounds or reducer.needs_before
         self._handed: Committed | NeedState | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -105,9 +109,14 @@ class Group:
         return self._driver.machine.state
 
     @property
+    def has_begun(self) -> bool:
+        """Whether there have been enough members for rounds to take contributions."""
+        return not gathering(self._driver.machine.outcome, self.place.terms)
+
+    @property
     def n_shards(self) -> int:
         """Into how many bodies a vector is cut."""
-        return self.place.terms.n_shards(len(self.members))
+        return self.place.terms.n_shards
 
     @property
     def is_over(self) -> bool:
@@ -118,6 +127,11 @@ class Group:
     def present(self) -> frozenset[str]:
         """Peers that speak to us."""
         return self._driver.streams.present
+
+    @property
+    def addresses(self) -> dict[str, tuple[str, ...]]:
+        """Where peers that speak to us say that they can be dialled."""
+        return {peer: joining.addresses for peer, joining in self._driver.joinings.items() if joining.addresses}
 
     @property
     def times(self) -> dict[str, float]:
@@ -139,9 +153,18 @@ class Group:
         """Bodies and results fetched."""
         return self._store.fetched_bytes
 
+    @property
+    def states(self) -> dict[str, tuple[int, bytes]]:
+        """Of the peers here: the round that their state is after, and its SHA-256, as they say."""
+        return {peer: (joining.round - 1, joining.state) for peer, joining in self._driver.joinings.items()}
+
     def meet(self, address: PeerAddress) -> None:
         """Speak to this peer from now on."""
         self._driver.streams.meet(address)
+
+    def look_on(self) -> None:
+        """Be no member: hear all that is said, and have nobody wait for what we do not contribute."""
+        self._driver.want("observer")
 
     # ---- a round
 
@@ -206,12 +229,21 @@ class Group:
         if not isinstance(self._handed, NeedState):
             raise LocalProtocolError("no state was asked for")
         await self._driver.history.fetch_chain(self._driver.ahead(number), number)
-        self._handed, self._driver.behind = None, None
+        self._handed = None
         self._driver.start_from(self._books.certificates.outcome(number), state)
+
+    def accuse(self, peer: str, reason: str) -> None:
+        """Have this round convict a member: for what every honest one knows of it. Again in each round."""
+        self._driver.act(self._driver.machine.accuse(peer, reason, trio.current_time()))
+
+    async def outcome_of(self, number: int) -> Outcome:
+        """What round `number` decided, certified. Raises RouteUnavailable if nobody gives the certificates up to it."""
+        await self._driver.history.fetch_chain(self._driver.ahead(number), number)
+        return self._books.certificates.outcome(number)
 
     async def leave(self) -> None:
         """Ask the others to go on without us: done once we are no member any more."""
-        self._driver.act(self._driver.machine.want("leave", trio.current_time()))
+        self._driver.want("leave")
         while self.is_member:
             await self.bell.after(self.bell.count)
 
@@ -225,8 +257,10 @@ class Group:
                 await self.bell.after(seen)
             elif (commit := self._commit()) is not None:
                 await self._hand_over(*commit)
-            elif self._driver.behind is not None:
-                await self._catch_up(self._driver.behind)
+            elif self._driver.differs is not None:
+                self._look_at_state(self._driver.differs)
+            elif self._driver.ahead(self.round):
+                await self._catch_up()
             else:
                 await self.bell.after(seen)
 
@@ -244,8 +278,8 @@ class Group:
         self._driver.mark("certified")
         while True:
             ahead = self._driver.ahead(outcome.round)
-            newest = max((self._driver.joinings[peer].round for peer in ahead), default=0)
-            is_lost = self.state == NOTHING or tries >= MAX_TRIES or newest > self.round + KEPT_ROUNDS
+            newest = self._books.certificates.newest
+            is_lost = self.state == NOTHING or tries >= MAX_TRIES or newest >= self.round + KEPT_ROUNDS
             if ahead and is_lost:
                 self._need_state(ahead, f"round {outcome.round} cannot be made up for")
                 return
@@ -280,28 +314,47 @@ class Group:
         times = self._driver.times
         return {f"{what}_s": round(at_s - times["begun"], 6) for what, at_s in times.items() if what != "begun"}
 
-    async def _catch_up(self, behind: FallenBehind) -> None:
-        """Have the certificates up to where the others are; each is then handed over as if it had come in time."""
-        end = behind.joining.round - 1
-        if end < self.round:
-            self._driver.behind = None
-            if end == self.round - 1 and behind.joining.state != self.state:
-                self._need_state([behind.peer, *self._of_state(behind.joining.state)], behind.reason)
-            return
-        while behind.peer not in self.present and not self._driver.ahead(end):
-            await self.bell.after(self.bell.count)  # whoever is ahead is gone for now
-        if end == self.round:
-            with trio.move_on_after(CERTIFICATE_GRACE_S):
+    def _look_at_state(self, differing: FallenBehind) -> None:
+        """Most members share another state than mine, and are in this round."""
+        self._driver.differs = None
+        if (differing.joining.round, differing.joining.state) != (self.round, self.state):
+            self._need_state([differing.peer, *self._of_state(differing.joining.state)], differing.reason)
+
+    async def _catch_up(self) -> None:
+        """Have the certificates up to where others are; each is then handed over as if it had come in time.
+
+        Whoever says to be ahead may be a liar who keeps us waiting: that ends as soon as this round is over here.
+        """
+        async with trio.open_nursery() as nursery:
+
+            async def until_over() -> None:
                 while not self.is_over:
                     await self.bell.after(self.bell.count)
-            if self.is_over:
-                return
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until_over)
+            if not self._driver.ahead(self.round + 1):
+                await trio.sleep(CERTIFICATE_GRACE_S)
+            ahead = self._driver.ahead(self.round)
+            for peer in ahead:
+                done = trio.Event()
+                nursery.start_soon(self._follow_peer, peer, done)
+                with trio.move_on_after(CHAIN_TURN_S):
+                    await done.wait()
+                if self._books.certificates.newest >= self.round:
+                    break
+            if self._books.certificates.newest < self.round:
+                await trio.sleep(LONGEST_REST_S / 4)
+            nursery.cancel_scope.cancel()
+
+    async def _follow_peer(self, peer: str, done: trio.Event) -> None:
+        """Have the certificates of the rounds that this peer says are over."""
         try:
-            await self._driver.history.fetch_chain([behind.peer, *self._driver.ahead(end)], end)
-            self._driver.behind = None
+            if (joining := self._driver.joinings.get(peer)) is not None:
+                await self._driver.history.fetch_chain([peer], joining.round - 1)
         except RouteUnavailable as error:
             self._ports.event("certificates.missing", round=self.round, reason=str(error))
-            await trio.sleep(LONGEST_REST_S / 4)
+        done.set()
 
     def _of_state(self, state: bytes) -> list[str]:
         """Peers in the round in hand that say to have it."""
@@ -313,7 +366,10 @@ class Group:
         peers = [peer for peer in dict.fromkeys(peers) if peer in joinings]
         if not peers:
             return  # gone meanwhile
-        number = max((joinings[peer].round - 1 for peer in peers), default=self.round - 1)
+        said = Counter((joinings[peer].round, joinings[peer].state) for peer in peers)
+        peers.sort(key=lambda peer: -said[joinings[peer].round, joinings[peer].state])
+        # Of rounds that no certificate here is of nobody knows whether they have been.
+        number = min(max(joinings[peer].round - 1 for peer in peers), self._books.certificates.newest)
         self._handed = NeedState(number, tuple(peers), {peer: joinings[peer].state for peer in peers}, reason)
         self._ports.event("round.state_needed", round=number, reason=reason)
         self.bell.ring()

@@ -37,6 +37,8 @@ MAX_KEPT_BYTES = 256 << 20
 ANSWER_CERTIFICATES = 64
 # Offers in one answer: of one with scalars at most 8 KB, of one with bodies 10 KB.
 ANSWER_OFFERS = 256
+# Questions for certificates that one peer may ask at once, and then a second.
+ASK_BURST, ASKS_PER_SECOND, MOST_ASKERS = 64.0, 8.0, 1024
 
 Check = Callable[[Outcome, Certificate], None]
 
@@ -66,6 +68,8 @@ class History:
     offers: Callable[[], Mapping[bytes, Offer]]
     shelf: Shelf
     _kept: dict[int, Decided] = field(default_factory=dict, init=False)
+    _offers: dict[bytes, Offer] = field(default_factory=dict, init=False)
+    _asked: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.store.hook = self._answer
@@ -82,17 +86,31 @@ class History:
             else:
                 for digest in self._kept[older].certificate.outcome.results:
                     self.store.keep(digest, number + 1)
+        kept = self._kept.values()
+        self._offers = {digest: o for round_ in kept for digest, o in _named(round_)}
 
     def _answer(self, peer: str, question: GetCertificates | GetOffers) -> Certificates | Offers | NotHere:
         if isinstance(question, GetCertificates):
+            if not self._may_ask(peer):
+                return NotHere("asks too often")
             # A short read from a file that is being used: it is in the system's memory.
             return Certificates(
                 self.books.certificates.newest, self.books.certificates.read(question.start, ANSWER_CERTIFICATES)
             )
-        known = {offer_digest(offer): offer for decided in self._kept.values() for offer in decided.offers}
-        offers = [known.get(digest) or self.offers().get(digest) for digest in question.digests[:ANSWER_OFFERS]]
-        found = tuple(offer for offer in offers if offer is not None)
+        in_hand, asked = self.offers(), dict.fromkeys(question.digests)
+        offers = [self._offers.get(digest) or in_hand.get(digest) for digest in asked]
+        found = tuple(offer for offer in offers[:ANSWER_OFFERS] if offer is not None)
         return Offers(found) if found else NotHere("none of these offers is kept here")
+
+    def _may_ask(self, peer: str) -> bool:
+        """Certificates are read from a file: whoever asked without end would keep this node from all else."""
+        now = trio.current_time()
+        if len(self._asked) > MOST_ASKERS:
+            self._asked.clear()
+        allowed, at_s = self._asked.get(peer, (ASK_BURST, now))
+        allowed = min(ASK_BURST, allowed + (now - at_s) * ASKS_PER_SECOND) - 1
+        self._asked[peer] = (max(allowed, 0.0), now)
+        return allowed >= 0
 
     # ---- asking
 
@@ -115,6 +133,8 @@ class History:
             raise RemoteProtocolError("gave something else than certificates", peer)
         if not answer.certificates:
             raise PeerRefused(peer, f"has no certificate of round {start}")
+        if answer.certificates[0].outcome.round != start:
+            raise RemoteProtocolError(f"gave other certificates than from round {start} on", peer)
         try:
             await self.books.write(partial(self._add_checked, answer.certificates))
         except PeerError as error:  # whoever signed what, this peer says that it follows
@@ -170,6 +190,14 @@ class History:
             self.store.put_hashed(digest, result, outcome.round + 1)
         return found[0]
 
+    async def _own_results(self, outcome: Outcome) -> None:
+        """Those that this peer computed in a life before this one, for itself and for whoever asks."""
+        for digest in outcome.results:
+            if self.store.get(digest) is None:
+                result = (await self.books.disk.run(partial(self.shelf.result, outcome.round, digest))).value
+                if result is not None:
+                    self.store.put_hashed(digest, memoryview(result), outcome.round + 1)
+
     async def shelve(self, decided: Decided) -> None:
         """Have a round on disk."""
         outcome = decided.certificate.outcome
@@ -179,6 +207,7 @@ class History:
         """The coded results of all shards, from here or from others. Raises RouteUnavailable."""
         if any(self.store.get(digest) is None for digest in outcome.results):
             await self._from_shelf(outcome)
+            await self._own_results(outcome)
         found: dict[int, memoryview] = {}
         failures: list[RouteUnavailable] = []
 
@@ -194,3 +223,8 @@ class History:
         if failures:
             raise failures[0]
         return tuple(found[shard] for shard in range(len(outcome.results)))
+
+
+def _named(decided: Decided) -> list[tuple[bytes, Offer]]:
+    """A round's offers with their digests, as the outcome lists them."""
+    return list(zip(decided.certificate.outcome.offers, decided.offers, strict=True))

@@ -9,23 +9,35 @@ Ring: shell.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import trio
 
 from mycel.node.events import EventSink
-from mycel.protocols.codec import round_codec
+from mycel.protocols.codec import stream_codec
 from mycel.protocols.errors import LocalProtocolError, PeerError, PeerRefused, PeerTimeout, RemoteProtocolError
 from mycel.protocols.ids import ROUND
 from mycel.protocols.messages import PeerAddress
 from mycel.protocols.ports import Stream, Transport
-from mycel.protocols.rounds import MAX_GROUP, Held, Joining, RoundMessage
+from mycel.protocols.rounds import (
+    MAX_GROUP,
+    Held,
+    Joining,
+    Offer,
+    RoundMessage,
+    Scalars,
+    StreamMessage,
+    restored,
+    shortened,
+)
 from mycel.swarm.training.bell import Bell
 
-# Members and those who only listen.
-MAX_PEERS = 2 * MAX_GROUP
+# Of those who are no members; members there are at most as many.
+MAX_STRANGERS = MAX_GROUP
+# Streams on which nothing has been said yet, of all peers and of one.
+MAX_SILENT, MAX_SILENT_OF_ONE = 2 * MAX_GROUP, 4
 FIRST_REST_S, LONGEST_REST_S = 0.5, 8.0
 # Who refuses the protocol is in no group; who broke the rules is not heard for so long.
 REFUSED_REST_S, BROKEN_REST_S = 60.0, 60.0
@@ -33,6 +45,8 @@ REFUSED_REST_S, BROKEN_REST_S = 60.0, 60.0
 MAX_FAILURES = 12
 # Statements taken from one peer: so many at once, and then so many a second. More wait in the stream.
 BURST, PER_SECOND = 1000, 200.0
+# A large statement counts for several.
+STATEMENT_BYTES = 16 << 10
 MAX_MESSAGE_BYTES = 1 << 20
 # What waits for one peer.
 MAX_WAITING, MAX_WAITING_BYTES = 2048, 32 << 20
@@ -47,7 +61,7 @@ class RoundDoor:
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self._groups: dict[tuple[bytes, str], Callable[[Stream, Joining], Awaitable[None]]] = {}
-        self._n_silent = 0
+        self._silent: Counter[str] = Counter()
         transport.serve(ROUND, self._handle)
 
     def admit(self, place: tuple[bytes, str], handler: Callable[[Stream, Joining], Awaitable[None]]) -> None:
@@ -60,14 +74,15 @@ class RoundDoor:
         self._groups.pop(place, None)
 
     async def _handle(self, stream: Stream) -> None:
-        if self._n_silent >= MAX_PEERS:
+        if self._silent[stream.peer] >= MAX_SILENT_OF_ONE or self._silent.total() >= MAX_SILENT:
             return
-        self._n_silent += 1
+        self._silent[stream.peer] += 1
         try:
             with trio.move_on_after(FIRST_WORD_S) as patience:
                 frame = await stream.receive()
         finally:
-            self._n_silent -= 1
+            self._silent[stream.peer] -= 1
+            self._silent += Counter()  # forgets those who have none
         if patience.cancelled_caught:
             raise PeerTimeout(stream.peer, "opened a stream and said nothing")
         if frame is None:
@@ -89,12 +104,16 @@ class _Line:
     waiting: deque[tuple[str, bytes]] = field(default_factory=deque)
     waiting_bytes: int = 0
     is_open: bool = False
+    # The last that was put here.
+    joining: Joining | None = None
 
     def put(self, key: str, frame: bytes) -> None:
-        if key and (older := next((one for one in self.waiting if one[0] == key), None)) is not None:
-            self.waiting.remove(older)
-            self.waiting_bytes -= len(older[1])
-        self.waiting.append((key, frame))
+        place = next((number for number, one in enumerate(self.waiting) if one[0] == key), None) if key else None
+        if place is not None:
+            self.waiting_bytes -= len(self.waiting[place][1])
+            del self.waiting[place]
+        # A Joining stays before what was said after it, which may leave out what it says.
+        self.waiting.insert(len(self.waiting) if place is None or key.startswith("held") else place, (key, frame))
         self.waiting_bytes += len(frame)
         self.bell.ring()
 
@@ -106,6 +125,7 @@ class _Line:
     def clear(self) -> None:
         self.waiting.clear()
         self.waiting_bytes = 0
+        self.joining = None
 
     @property
     def is_too_long(self) -> bool:
@@ -131,6 +151,8 @@ class RoundStreams:
     _lines: dict[str, _Line] = field(default_factory=dict, init=False)
     _meetings: list[str] = field(default_factory=list, init=False)
     _met: Bell = field(default_factory=Bell, init=False)
+    # What was encoded last: most of it goes to everybody.
+    _encoded: tuple[RoundMessage | None, bytes] = field(default=(None, b""), init=False)
     # The listening to each peer's newest stream; to an older one nobody listens.
     _listening: dict[str, trio.CancelScope] = field(default_factory=dict, init=False)
     _resting: dict[str, float] = field(default_factory=dict, init=False)
@@ -164,17 +186,17 @@ class RoundStreams:
         if (line := self._lines.get(address.peer)) is not None:
             if address.addresses and not line.is_open:
                 line.again.ring()
-        elif len(self._lines) < MAX_PEERS:
+        elif self._has_room(address.peer, self._lines):
             self._lines[address.peer] = _Line()
             self._meetings.append(address.peer)
             self._met.ring()
 
     def say(self, message: RoundMessage) -> None:
         """Tell everybody we speak to; who is not reached now hears what still counts when it is."""
-        frame, key = b"".join(round_codec.encode(message)), _supersedes(message)
+        key = _supersedes(message)
         for line in self._lines.values():
             if line.is_open:
-                line.put(key, frame)
+                line.put(key, self._frame(line, message))
 
     def repeat(self, peer: str) -> None:
         """Tell one peer again all that there is to say."""
@@ -184,7 +206,17 @@ class RoundStreams:
     def _greet(self, line: _Line) -> None:
         line.clear()
         for message in self.greeting():
-            line.put(_supersedes(message), b"".join(round_codec.encode(message)))
+            line.put(_supersedes(message), self._frame(line, message))
+
+    def _frame(self, line: _Line, message: RoundMessage) -> bytes:
+        """What to send: of an own offer of scalars what the peer does not know from our last Joining."""
+        if isinstance(message, Joining):
+            line.joining = message
+        elif isinstance(message, Offer) and line.joining is not None:
+            return _encoded(shortened(message, line.joining, self.door.transport.peer_id))
+        if message is not self._encoded[0]:
+            self._encoded = (message, _encoded(message))
+        return self._encoded[1]
 
     # ---- speaking
 
@@ -255,7 +287,7 @@ class RoundStreams:
             return
         if (older := self._listening.get(peer)) is not None:
             older.cancel()
-        elif len(self._listening) >= MAX_PEERS:
+        elif not self._has_room(peer, self._listening):
             return
         with trio.CancelScope() as scope:
             self._listening[peer] = scope
@@ -282,20 +314,34 @@ class RoundStreams:
         if (line := self._lines.get(peer)) is not None and not line.is_open:
             line.again.ring()
 
+    def _has_room(self, peer: str, others: Collection[str]) -> bool:
+        """Strangers, however many, keep no member out."""
+        return self.is_needed(peer) or sum(not self.is_needed(other) for other in others) < MAX_STRANGERS
+
     def _is_resting(self, peer: str) -> bool:
         now = trio.current_time()
         self._resting = {who: until for who, until in self._resting.items() if until > now}
         return peer in self._resting
 
     async def _hear_all(self, stream: Stream, first: Joining) -> None:
-        peer, allowed, at_s = stream.peer, float(BURST), trio.current_time()
+        peer, joining, allowed, at_s = stream.peer, first, float(BURST), trio.current_time()
         self._hear(peer, first)
         while (frame := await stream.receive()) is not None:
             now = trio.current_time()
-            allowed, at_s = min(BURST, allowed + (now - at_s) * PER_SECOND) - 1, now
+            cost = 1 + len(frame) // STATEMENT_BYTES
+            allowed, at_s = min(BURST, allowed + (now - at_s) * PER_SECOND) - cost, now
             if allowed < 0:
-                await trio.sleep(1 / PER_SECOND)
-            self._hear(peer, decoded(peer, frame))
+                await trio.sleep(cost / PER_SECOND)
+            message = decoded(peer, frame)
+            if isinstance(message, Joining):
+                joining = message
+            if isinstance(message, Scalars):
+                offer = restored(message, joining, peer)
+                if offer is None:
+                    raise RemoteProtocolError(f"scalars of round {message.round} in round {joining.round}", peer)
+                self._hear(peer, offer)
+            else:
+                self._hear(peer, message)
 
     def _hear(self, peer: str, message: RoundMessage) -> None:
         if isinstance(message, Joining) and (message.run, message.scope) != self.place:
@@ -306,12 +352,16 @@ class RoundStreams:
             raise RemoteProtocolError(error.reason, peer) from None
 
 
-def decoded(peer: str, frame: memoryview) -> RoundMessage:
+def _encoded(message: StreamMessage) -> bytes:
+    return b"".join(stream_codec.encode(message))
+
+
+def decoded(peer: str, frame: memoryview) -> StreamMessage:
     """Raises RemoteProtocolError."""
     if len(frame) > MAX_MESSAGE_BYTES:
         raise RemoteProtocolError(f"a statement of {len(frame)} bytes", peer)
     try:
-        return round_codec.decode_only(frame)
+        return stream_codec.decode_only(frame)
     except RemoteProtocolError as error:
         raise RemoteProtocolError(error.reason, peer) from None
 
@@ -320,4 +370,4 @@ def _supersedes(message: RoundMessage) -> str:
     """What an older statement must be of for this one to make it needless."""
     if isinstance(message, Held):
         return f"held {message.round} {message.shard}"
-    return "joining" if isinstance(message, Joining) else ""
+    return f"joining {message.round}" if isinstance(message, Joining) else ""

@@ -63,14 +63,40 @@ class Shelf:
             return None
         return offers, tuple(results)
 
+    def put_result(self, number: int, digest: bytes, result: bytes | memoryview) -> None:
+        """What this peer computed, before it says so: a vote for it may outlive everybody who has it in memory.
+
+        It outlives the process. Not synced, it does not outlive power failures on all machines at once.
+        """
+        path = self._result_path(number, digest)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_suffix(".new")
+            fresh.write_bytes(result)
+            fresh.replace(path)
+        except OSError as error:
+            raise ConfigError(f"cannot write the result {path}: {error.strerror}") from None
+
+    def result(self, number: int, digest: bytes) -> bytes | None:
+        """What `put_result` wrote, if it is here and whole."""
+        try:
+            data = self._result_path(number, digest).read_bytes()
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).digest() == digest else None
+
     def drop(self, number: int) -> None:
         """Rounds up to this one are not needed any more."""
-        for path in self.folder.glob("*.round"):
-            if path.stem.isdecimal() and int(path.stem) <= number:
+        for path in (*self.folder.glob("*.round"), *self.folder.glob("*.result")):
+            of_round = path.stem.partition("-")[0]
+            if of_round.isdecimal() and int(of_round) <= number:
                 path.unlink(missing_ok=True)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:09d}.round"
+
+    def _result_path(self, number: int, digest: bytes) -> Path:
+        return self.folder / f"{number:09d}-{digest.hex()}.result"
 
 
 def _offers(data: memoryview) -> tuple[tuple[Offer, ...], int]:

@@ -16,6 +16,7 @@ from mycel.security.aggregators.decide import capped, decide
 from mycel.security.aggregators.decision import MAX_ROWS, UNIT, Decision
 from mycel.security.aggregators.gram import finite_rows, gram
 from mycel.security.aggregators.rules import Rule, parse_rule
+from mycel.security.aggregators.standing import Standing, decide_standing
 
 __all__ = [
     "MAX_ROWS",
@@ -23,10 +24,12 @@ __all__ = [
     "Aggregate",
     "Decision",
     "Rule",
+    "Standing",
     "aggregate",
     "capped",
     "combine",
     "decide",
+    "decide_standing",
     "finite_rows",
     "gram",
     "parse_rule",

@@ -70,6 +70,8 @@ def decide_standing(
     aside = standing.set_aside(peers, n_liars)
     kept = [i for i in range(len(peers)) if i not in aside]
     inner = decide(rule, gram_NN[kept][:, kept], n_liars, seed=seed)
+    if not kept:
+        return inner, standing
     if not inner.weights:
         raise ConfigError(f"a standing needs a rule that weighs whole rows, which {rule} does not")
     weights = [0] * len(peers)

@@ -60,7 +60,7 @@ class DilocoOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     momentum: Fraction = 0.9
     braking: Annotated[float, Meta(ge=0.0, le=4.0)] = 0.0
     codec: Spec = "e3m0+zip+ef"
-    result_codec: Spec = "int4+zip"
+    result_codec: Spec = "int4"
 
 
 class StreamingOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="streaming"):
@@ -78,7 +78,7 @@ class StreamingOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
     momentum: Fraction = 0.9
     braking: Annotated[float, Meta(ge=0.0, le=4.0)] = 0.0
     codec: Spec = "e3m0+zip+ef"
-    result_codec: Spec = "int4+zip"
+    result_codec: Spec = "int4"
 
     def __post_init__(self) -> None:
         if self.inner_steps < self.fragments:
@@ -90,13 +90,17 @@ class StreamingOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_fiel
 
 
 class EagerOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="eager"):
-    """DiLoCo that never waits: a round's result comes in at the end of the next one."""
+    """DiLoCo that never waits: a round's result comes in at the end of the next one.
+
+    `own`: what a peer's own contribution counts for until then; 1 / peers is the paper's, and needs a much lower rate.
+    """
 
     inner_steps: Steps = 100
-    rate: Rate = 0.7
+    rate: Rate = 0.5
     momentum: Fraction = 0.9
+    own: Decay = 0.85
     codec: Spec = "e3m0+zip+ef"
-    result_codec: Spec = "int4+zip"
+    result_codec: Spec = "int4"
 
 
 class SparseLocoOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="sparseloco"):
@@ -105,7 +109,7 @@ class SparseLocoOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_fie
     inner_steps: Steps = 30
     rate: Rate = 1.0
     codec: Spec = "topk:0.015625,values=int2+ef:0.95"
-    result_codec: Spec = "int4+zip"
+    result_codec: Spec = "int4"
 
 
 class DemoOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_field="name", tag="demo"):
@@ -116,7 +120,7 @@ class DemoOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_field="na
     rate: Rate = 1e-3
     weight_decay: Decay = 0.0
     codec: Spec = "dct:32+ef:0.999"
-    result_codec: Spec = "int4+zip"
+    result_codec: Spec = "int4"
 
 
 MethodOptions = DataParallelOptions | DilocoOptions | StreamingOptions | EagerOptions | SparseLocoOptions | DemoOptions

@@ -61,11 +61,15 @@ class Reduce:
 
 @dataclass(frozen=True, slots=True)
 class Decide:
-    """Let the rule decide from the sum of these shards' Gram matrices, in order; tell `decided`."""
+    """Let the rule decide from the sum of these shards' Gram matrices, in order; tell `decided`.
+
+    `standing` is that of the offers' authors. The decision begins with their standing after it, int32 each.
+    """
 
     plan: bytes
     offers: tuple[Offer, ...]
     grams: tuple[bytes, ...]
+    standing: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

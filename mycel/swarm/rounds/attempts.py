@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 
 from mycel.protocols.rounds import (
+    MAX_GROUP,
     NOTHING,
     Certificate,
     Outcome,
@@ -24,12 +25,15 @@ from mycel.protocols.rounds import (
 )
 from mycel.security.signatures import verify
 from mycel.swarm.rounds.actions import Remember
-from mycel.swarm.rounds.claims import Reduction, decision_digest
+from mycel.swarm.rounds.claims import Reduction, decision_digest, standing_after
 from mycel.swarm.rounds.membership import next_members
 from mycel.swarm.rounds.round import Round
 from mycel.swarm.rounds.statements import UNSIGNED, Signed
 from mycel.swarm.rounds.terms import GroupTerms
 from mycel.swarm.rounds.voting import WAITING, Kind, Step, Voting
+
+# Of an attempt's time, for a proposer who is not there: its stream may only just have broken.
+_ABSENT_SHARE = 0.1
 
 
 class Attempts:
@@ -45,6 +49,7 @@ class Attempts:
         self._refused: set[bytes] = set()
         self._accepted: set[bytes] = set()
         self._relayed = WAITING
+        self._shown: set[int] = set()
         self._checked: set[Request] = set()
 
     # ---- what comes in
@@ -53,15 +58,31 @@ class Attempts:
         """Go on from what I said in this round before a restart."""
         for plan in said:
             if isinstance(plan, Plan):
-                self.round.take_plan(self.round.me, plan, now)
+                self.take_plan(self.round.me, plan, now)
         votes = [vote for vote in said if isinstance(vote, Vote)]
         self.voting.restore(votes, [proposal for proposal in said if isinstance(proposal, Proposal)])
         if self.voting.attempt != WAITING:
             self.entered_at = now
+            self._take_sets(now)
+
+    def take_plan(self, sender: str, plan: Plan, now: float) -> None:
+        self.round.take_plan(plan, now)
+        if plan.attempt <= max(self.voting.attempt, 0):
+            self.round.take_set(sender, plan.offers, now)
 
     def take_proposal(self, sender: str, proposal: Proposal, now: float) -> None:
         self.voting.propose(proposal)
-        self.round.take_set(sender, proposal.outcome.offers, now)
+        if proposal.attempt <= max(self.voting.attempt, 0):
+            self.round.take_set(sender, proposal.outcome.offers, now)
+
+    def _take_sets(self, now: float) -> None:
+        """What is to be reduced for this attempt. Not before: a liar has plans for all its turns at once."""
+        attempt = self.voting.attempt
+        plan, proposal = self.round.plans.get(attempt), self.voting.proposals.get(attempt)
+        if plan is not None:
+            self.round.take_set(plan.peer, plan.offers, now)
+        if proposal is not None:
+            self.round.take_set(proposal.peer, proposal.outcome.offers, now)
 
     def take_vote(self, vote: Vote) -> None:
         self.voting.add(vote)
@@ -89,6 +110,7 @@ class Attempts:
             self._propose(attempt, now)
         if self.voting.step == Step.PROPOSE:
             verdict, refuted = self._judge(now)
+            self._show(attempt)
             out_of_time = now >= self.deadline(now)
             value = self.voting.prevote(verdict, refuted=refuted, out_of_time=out_of_time)
             if value is not None:
@@ -108,11 +130,22 @@ class Attempts:
         self.voting.enter(attempt)
         self.entered_at = now
         self._refused.clear()  # what was unfair to those who came in late may be fair by now
+        self._take_sets(now)
         valid = self.voting.valid
         if valid is not None and self._relayed < valid[0] < attempt:
             self._relayed = valid[0]
             for message in self.proof():
                 self.voice.say(message)
+
+    def _show(self, attempt: int) -> None:
+        """Say on a proposal that I refuse, or instead of which others vote for another: two of one turn prove a lie."""
+        proposal = self.voting.proposals.get(attempt)
+        if proposal is None or proposal.peer == self.round.me or attempt in self._shown:
+            return
+        value = self.voting.digests[attempt]
+        if value in self._refused or self.voting.prevoted(attempt) - {value, NOTHING}:
+            self._shown.add(attempt)
+            self.voice.say(proposal)
 
     def proof(self) -> list[Proposal | Vote]:
         """The proposal that I hold to, and the prevotes that a quorum gave it."""
@@ -134,7 +167,8 @@ class Attempts:
         """Until when to wait for a proposal of this attempt that I accept.
 
         The proposer needs an attempt's time to plan, all need up to `patience_s` to reduce, and then an attempt's time
-        to propose. A plan of too few offers has to wait until my own patience is over.
+        to propose. A plan of too few offers has to wait until my own patience is over. One of offers that nobody gives
+        is not waited for so long, and who is not there and has said nothing hardly at all.
         """
         del now
         attempt, round_ = self.voting.attempt, self.round
@@ -143,7 +177,9 @@ class Attempts:
         reduction = self._reduction_of(attempt)
         if attempt in round_.plans or attempt in self.voting.proposals:
             seen_at = max(self.entered_at, round_.plan_at.get(attempt, self.entered_at))
-            until = seen_at + self.terms.patience_s
+            until = seen_at + (2 * wait_s if reduction is None else self.terms.patience_s)
+        elif round_.proposers[attempt % len(round_.proposers)] not in round_.present:
+            until = self.entered_at + _ABSENT_SHARE * wait_s
         if reduction is not None and reduction.done_at is not None:
             until = max(self.entered_at, reduction.done_at) + wait_s
             if len(reduction.offers) < round_.need and not round_.gathering:
@@ -191,7 +227,7 @@ class Attempts:
         if attempt not in self.round.plans:
             place = (self.round.run, self.round.scope, self.round.number, attempt)
             plan = self.voice.utter(Plan(*place, self.round.me, self._choose(attempt, now), UNSIGNED))
-            self.round.take_plan(self.round.me, plan, now)
+            self.take_plan(self.round.me, plan, now)
         reduction = self._reduction_of(attempt)
         if reduction is None or reduction.results() is None:
             return
@@ -225,8 +261,10 @@ class Attempts:
 
     def _wishes(self) -> tuple[Request, ...]:
         """Who asks to join or leave, and is here."""
-        wishes = sorted(self.round.requests.values(), key=lambda request: request.peer)
-        return tuple(request for request in wishes if self.round.grantable(request))
+        wishes = [request for request in self.round.requests.values() if self.round.grantable(request)]
+        # Of too many that want in some wait: nobody takes a proposal with more requests than a group has members.
+        wishes.sort(key=lambda request: (request.wants != "leave", request.peer))
+        return tuple(sorted(wishes[:MAX_GROUP], key=lambda request: request.peer))
 
     def _convicts(self) -> tuple[str, ...]:
         """Members whom I have seen lie."""
@@ -241,11 +279,25 @@ class Attempts:
             return None
         contributors = tuple(offer.peer for offer in reduction.offers)
         names = tuple(self.round.sets[reduction.plan])
-        following = next_members(self.round.outcome, contributors, requests, convicted, self.terms)
+        authors = [offer.peer for offer in reduction.rows]
+        scores = dict(zip(authors, standing_after(reduction.decision, len(authors)), strict=False))
+        following = next_members(self.round.outcome, contributors, requests, convicted, self.terms, scores)
         place = (self.round.run, self.round.scope, self.round.number, self.round.last)
         values, sizes = tuple(value for value, _ in results), tuple(size for _, size in results)
         decided = decision_digest(reduction.decision)
-        return Outcome(*place, names, contributors, values, sizes, decided, *following)
+        return Outcome(
+            *place,
+            names,
+            contributors,
+            values,
+            sizes,
+            decided,
+            following.members,
+            following.missed,
+            following.convicted,
+            following.standing,
+            following.begun,
+        )
 
     def _reduction_of(self, attempt: int) -> Reduction | None:
         """What the proposer of `attempt` wants reduced."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,6 +23,9 @@ from typing import Literal
 from mycel.protocols.rounds import NOTHING, Claim, Offer
 from mycel.swarm.rounds.terms import GroupTerms
 
+# What a rule is called that also goes by what contributions have been worth so far.
+STANDING = "standing+"
+_MOST_STANDING = 1 << 20
 _COORDINATE_RULES = frozenset({"mean", "median", "trimmed-mean", "meamed"})
 Kind = Literal["gram", "sum"]
 Value = tuple[bytes, int]
@@ -36,6 +40,14 @@ def needs_gram(rule: str) -> bool:
 def decision_digest(decision: bytes) -> bytes:
     """As it stands in an outcome; no decision is NOTHING."""
     return hashlib.sha256(decision).digest() if decision else NOTHING
+
+
+def standing_after(decision: bytes, n_rows: int) -> tuple[int, ...]:
+    """The standing of the rows' authors, with which a decision begins; nothing of one that is empty or too short."""
+    if len(decision) < 4 * n_rows:
+        return ()
+    scores = struct.unpack_from(f"<{n_rows}i", decision)
+    return tuple(max(-_MOST_STANDING, min(score, _MOST_STANDING)) for score in scores)
 
 
 def sum_key(plan: bytes, decision: bytes) -> bytes:

@@ -5,29 +5,40 @@ Ring: pure.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 
 _EMA_SHARE = 0.3
 _GRACE_PER_SPREAD = 1.5
+# Some rounds in which all came at once must not let the next one close before anybody who is as late as ever.
+_FLOOR_PER_SPREAD, _FLOOR_ROUNDS = 0.5, 8
+_FLOOR_PER_WAIT = 0.05
 
 
 class Grace:
-    """How long to wait for the rest once enough are there: 1.5 times the usual spread of arrivals, within bounds."""
+    """How long to wait for the rest once enough are there: 1.5 times the usual spread of arrivals, within bounds.
+
+    At least half of the largest spread of the last rounds, and a twentieth of the wait for enough.
+    """
 
     def __init__(self, longest_s: float) -> None:
         self._longest_s = longest_s
         self._spread_s: float | None = None
+        self._last_spreads_s: deque[float] = deque(maxlen=_FLOOR_ROUNDS)
+        self._wait_s = 0.0
 
     @property
     def seconds(self) -> float:
         """While nothing is known of the others' speed the longest grace is given."""
         if self._spread_s is None:
             return self._longest_s
-        return min(max(_GRACE_PER_SPREAD * self._spread_s, 0.0), self._longest_s)
+        floor_s = max(_FLOOR_PER_SPREAD * max(self._last_spreads_s), _FLOOR_PER_WAIT * self._wait_s)
+        return min(max(_GRACE_PER_SPREAD * self._spread_s, floor_s), self._longest_s)
 
-    def learn(self, spread_s: float) -> None:
-        """In a round that is over the last contribution came so long after enough were there."""
+    def learn(self, spread_s: float, wait_s: float) -> None:
+        """In a round that is over enough were there after `wait_s`, and the last came so long after that."""
+        self._last_spreads_s.append(spread_s)
+        self._wait_s = wait_s
         before = spread_s if self._spread_s is None else self._spread_s
         self._spread_s = before + _EMA_SHARE * (spread_s - before)
 

@@ -14,25 +14,25 @@ from mycel.swarm.rounds.certificates import malformed
 from mycel.swarm.rounds.claims import gram_bytes
 from mycel.swarm.rounds.terms import GroupTerms
 
-# Kept of a peer that is a round ahead, until I am there.
-_MOST_EARLY = 512
-_MOST_EARLY_BYTES = 1 << 20
+# Kept of a peer that is a round ahead, until I am there; of one that is no member yet only what it says first.
+_MOST_EARLY, _MOST_EARLY_OF_STRANGERS = 512, 128
+_MOST_EARLY_BYTES, _MOST_EARLY_BYTES_OF_STRANGERS = 1 << 20, 128 << 10
 
 
 def check_offer(peer: str, offer: Offer, terms: GroupTerms, n_shards: int) -> None:
     """RemoteProtocolError by `peer`, who says it, unless it offers a vector of this group, or scalars."""
     if len(offer.bodies) not in (0, n_shards) or len(offer.sizes) != len(offer.bodies):
         raise RemoteProtocolError(f"an offer of {len(offer.bodies)} bodies, not {n_shards}", peer)
-    if sum(offer.sizes) > 8 * terms.n_elements + (1 << 16) or not (offer.bodies or offer.scalars):
+    if sum(offer.sizes) > _most_bytes(terms) or not (offer.bodies or offer.scalars):
         raise RemoteProtocolError("an offer of nothing, or of more than a vector takes", peer)
 
 
-def check_claim(peer: str, claim: Claim, n_members: int, n_shards: int) -> None:
+def check_claim(peer: str, claim: Claim, n_members: int, n_shards: int, terms: GroupTerms) -> None:
     """RemoteProtocolError unless what it carries is what it claims."""
     if claim.shard >= n_shards:
         raise RemoteProtocolError(f"shard {claim.shard} of {n_shards}", peer)
-    if claim.kind == "sum" and claim.data:
-        raise RemoteProtocolError("a claim of a sum with data", peer)
+    if claim.kind == "sum" and (claim.data or claim.size > _most_bytes(terms)):
+        raise RemoteProtocolError("a claim of a sum with data, or of more than a vector takes", peer)
     if claim.kind == "gram":
         if claim.size != len(claim.data) or claim.size > gram_bytes(n_members):
             raise RemoteProtocolError("a Gram matrix of another size", peer)
@@ -57,10 +57,11 @@ class Early:
         self._kept: dict[str, list[RoundMessage]] = {}
         self._bytes: dict[str, int] = {}
 
-    def keep(self, peer: str, message: RoundMessage) -> None:
+    def keep(self, peer: str, message: RoundMessage, *, is_member: bool) -> None:
         """Unless it is one too many: what is missed so is made up for by the certificate of that round."""
         kept, size = self._kept.setdefault(peer, []), self._bytes.get(peer, 0) + _weight(message)
-        if len(kept) < _MOST_EARLY and size <= _MOST_EARLY_BYTES:
+        most = _MOST_EARLY if is_member else _MOST_EARLY_OF_STRANGERS
+        if len(kept) < most and size <= (_MOST_EARLY_BYTES if is_member else _MOST_EARLY_BYTES_OF_STRANGERS):
             kept.append(message)
             self._bytes[peer] = size
 
@@ -78,6 +79,11 @@ class Early:
         return [(peer, message) for peer, messages in kept.items() for message in messages]
 
 
+def _most_bytes(terms: GroupTerms) -> int:
+    """More than any codec makes of a vector."""
+    return 8 * terms.n_elements + (1 << 16)
+
+
 def _weight(message: RoundMessage) -> int:
     """About how many bytes it takes to keep."""
     if isinstance(message, Claim):
@@ -87,5 +93,8 @@ def _weight(message: RoundMessage) -> int:
     if isinstance(message, Plan | Held):
         return 400 + 32 * len(message.offers)
     if isinstance(message, Proposal | Certificate):
-        return 1000 + 400 * (len(message.outcome.members) + len(message.outcome.offers))
+        outcome = message.outcome
+        lists = (outcome.offers, outcome.contributors, outcome.results, outcome.members, outcome.convicted)
+        of_peers = message.requests if isinstance(message, Proposal) else message.signatures
+        return 1000 + 200 * sum(map(len, lists)) + 500 * len(of_peers)
     return 400

@@ -38,6 +38,7 @@ from mycel.security.signatures import Signer
 from mycel.swarm.rounds.actions import Action, Commit, FallenBehind, Repeat
 from mycel.swarm.rounds.attempts import Attempts
 from mycel.swarm.rounds.certificates import check_certificate
+from mycel.swarm.rounds.claims import gram_bytes
 from mycel.swarm.rounds.closing import Grace
 from mycel.swarm.rounds.forms import Early, check_claim, check_offer, check_turn
 from mycel.swarm.rounds.round import Round
@@ -82,13 +83,13 @@ class RoundMachine:
         """`outcome` is the last certified one; `votes` what I had said in the round after it before a restart."""
         self.terms = terms
         self._addresses = tuple(addresses)
-        self._ledger = Ledger(most_claims=8 * terms.n_shards(1) + 8)
+        self._ledger = Ledger(most_claims=8 * terms.n_shards + 8)
         self._voice = Voice(signer, self._ledger)
         self._grace = Grace(terms.longest_grace_s)
         self._wants: Wants = "member"
         self._peers: frozenset[str] = frozenset()
         self._joinings: dict[str, Joining] = {}
-        self._followed: set[tuple[str, int]] = set()
+        self._followed: dict[str, int] = {}
         self._behind: set[str] = set()
         """Who was too far behind to keep what I have said in this round."""
         self._n_repeats: Counter[str] = Counter()
@@ -250,12 +251,19 @@ class RoundMachine:
         """To whom, and from whom, there is a stream."""
         self._peers = peers
         self._joinings = {peer: joining for peer, joining in self._joinings.items() if peer in peers}
+        self._followed = {peer: number for peer, number in self._followed.items() if peer in peers or not peer}
         self._early.forget_all_but(peers)
         self._round.requests = {
             peer: request for peer, request in self._round.requests.items() if peer in peers or peer == self._voice.me
         }
         if self._round.started_at < math.inf and self._certificate is None:
             self._round.meet(peers, now)
+        return self._done(now)
+
+    def accuse(self, peer: str, reason: str, now: float) -> list[Action]:
+        """What all of us know of the shared state shows that `peer` lies: convict it. Of this round alone."""
+        if peer in self.members and self._certificate is None:
+            self._voice.name(peer, reason)
         return self._done(now)
 
     def want(self, wants: Wants, now: float) -> list[Action]:
@@ -316,8 +324,8 @@ class RoundMachine:
         if joining.round < self.round - 1:
             self._behind.add(peer)
         if joining.round > self.round + (self._certificate is not None):
-            if (peer, joining.round) not in self._followed and len(self._followed) < _MOST_JOININGS:
-                self._followed.add((peer, joining.round))
+            if self._followed.get(peer) != joining.round:
+                self._followed[peer] = joining.round
                 self._voice.do(FallenBehind(peer, joining, f"it is in round {joining.round}, I in {self.round}"))
         elif joining.round == self.round:
             if peer in self._behind and self._n_repeats[peer] < _MOST_REPEATS:
@@ -334,14 +342,14 @@ class RoundMachine:
             if member in self.members and (said.round, said.last) == (self.round, self._round.last)
         )
         differs = joining.state != self.state and states[joining.state] > len(self.members) // 2
-        if differs and ("", self.round) not in self._followed:
-            self._followed.add(("", self.round))
+        if differs and self._followed.get("") != self.round:
+            self._followed[""] = self.round
             reason = f"{states[joining.state]} of {len(self.members)} members share another state"
             self._voice.do(FallenBehind(peer, joining, reason))
 
     def _take_held(self, peer: str, held: Held, now: float) -> bool:
         if held.round == self.round + 1:
-            self._early.keep(peer, held)
+            self._early.keep(peer, held, is_member=peer in self.members)
         if held.round != self.round or peer not in self.members or self._certificate is not None:
             return False
         if held.shard >= self.n_shards:
@@ -352,7 +360,7 @@ class RoundMachine:
         self._check_place(peer, *place_of(statement))
         number, author = round_of(statement), statement.peer
         if number == self.round + 1:
-            self._early.keep(peer, statement)
+            self._early.keep(peer, statement, is_member=peer in self.members)
         if author == self._voice.me or not self.round - KEPT_ROUNDS <= number <= self.round:
             return
         if isinstance(statement, Request):
@@ -360,7 +368,7 @@ class RoundMachine:
             return
         if author not in self.members or not self._in_form(peer, statement):
             return
-        admission = self._ledger.admit(peer, statement)
+        admission = self._ledger.admit(peer, statement, is_old=number < self.round)
         if isinstance(admission, Contradicted):
             self._voice.contradiction(admission.first, statement)
             if isinstance(statement, Offer) and number == self.round:
@@ -377,7 +385,7 @@ class RoundMachine:
 
     def _take_fresh(self, peer: str, statement: Plan | Claim | Proposal | Vote, now: float) -> None:
         if isinstance(statement, Plan):
-            self._round.take_plan(peer, statement, now)
+            self._attempts.take_plan(peer, statement, now)
         elif isinstance(statement, Claim):
             self._round.take_claim(statement, now)
         elif isinstance(statement, Proposal):
@@ -394,12 +402,12 @@ class RoundMachine:
     def _in_form(self, peer: str, statement: Offer | Plan | Claim | Proposal | Vote) -> bool:
         """Whether it can be of this round. Of older ones two that differ are all that matters."""
         if round_of(statement) != self.round:
-            return True
+            return not isinstance(statement, Claim) or len(statement.data) <= gram_bytes(len(self.members))
         if isinstance(statement, Offer):
             check_offer(peer, statement, self.terms, self.n_shards)
             return statement.last == self._round.last
         if isinstance(statement, Claim):
-            check_claim(peer, statement, len(self.members), self.n_shards)
+            check_claim(peer, statement, len(self.members), self.n_shards, self.terms)
         elif isinstance(statement, Plan | Proposal):
             check_turn(peer, statement, self._round.proposers)
         return True
@@ -451,7 +459,7 @@ class RoundMachine:
     def _take_certificate(self, peer: str, certificate: Certificate, now: float) -> None:
         self._check_place(peer, certificate.outcome.run, certificate.outcome.scope)
         if certificate.outcome.round == self.round + 1:
-            self._early.keep(peer, certificate)
+            self._early.keep(peer, certificate, is_member=peer in self.members)
         if certificate.outcome.round == self.round and self._certificate is None:
             try:
                 self.check(certificate)

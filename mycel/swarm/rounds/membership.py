@@ -5,7 +5,7 @@ Ring: pure.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from mycel.protocols.rounds import MAX_GROUP, Outcome, Request
@@ -18,11 +18,13 @@ class Membership(NamedTuple):
     members: tuple[str, ...]
     missed: tuple[int, ...]
     convicted: tuple[str, ...]
+    standing: tuple[int, ...]
+    begun: bool
 
 
 def gathering(outcome: Outcome, terms: GroupTerms) -> bool:
     """Whether the round after `outcome` only admits members, since there are too few to contribute."""
-    return len(outcome.members) < terms.min_members
+    return not outcome.begun and len(outcome.members) < terms.min_members
 
 
 def next_members(
@@ -31,11 +33,13 @@ def next_members(
     requests: Iterable[Request],
     convicted: Iterable[str],
     terms: GroupTerms,
+    scores: Mapping[str, int],
 ) -> Membership:
     """The members after the round that follows `previous`.
 
-    `convicted` are those newly proved to lie. A round to which nobody contributed counts as nobody's absence. If
-    everybody would be gone, those stay who were not convicted: a group without members could never have any again.
+    `convicted` are those newly proved to lie, `scores` is the standing of those who contributed. A round to which
+    nobody contributed counts as nobody's absence. If everybody would be gone, those stay who were not convicted: a
+    group without members could never have any again.
     """
     out = (*previous.convicted, *sorted(set(convicted) - set(previous.convicted)))
     wishes = {request.peer: request.wants for request in sorted(requests, key=_wish)}
@@ -49,7 +53,16 @@ def next_members(
     newcomers = [peer for peer, wish in sorted(wishes.items()) if wish == "member" and peer not in previous.members]
     here += [peer for peer in newcomers if peer not in out][: MAX_GROUP - len(here)]
     members = tuple(sorted(here))
-    return Membership(members, tuple(missed.get(peer, 0) for peer in members), out[-MAX_GROUP:])
+    known = {**standing_in(previous), **scores}
+    standing = tuple(known.get(peer, 0) for peer in members)
+    missing = tuple(missed.get(peer, 0) for peer in members)
+    begun = previous.begun or len(members) >= terms.min_members
+    return Membership(members, missing, out[-MAX_GROUP:], standing if any(standing) else (), begun)
+
+
+def standing_in(outcome: Outcome) -> dict[str, int]:
+    """The standing of the members of the next round, as far as they have one."""
+    return dict(zip(outcome.members, outcome.standing, strict=False))
 
 
 def _wish(request: Request) -> tuple[str, bool]:

@@ -11,6 +11,7 @@ Ring: algorithms.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +19,20 @@ import torch
 from torch import Tensor
 
 from mycel.protocols.errors import ConfigError, RemoteProtocolError
-from mycel.security.aggregators import Decision, capped, combine, decide, finite_rows, gram, parse_rule
+from mycel.security.aggregators import (
+    UNIT,
+    Decision,
+    Standing,
+    capped,
+    combine,
+    decide,
+    decide_standing,
+    finite_rows,
+    gram,
+    parse_rule,
+)
 from mycel.swarm.codecs import Layout, make_codec
+from mycel.swarm.rounds.claims import STANDING
 from mycel.swarm.rounds.terms import GroupTerms
 
 __all__ = ["Row", "ShardWork", "VectorReducer"]
@@ -30,11 +43,13 @@ _SPARSE = ("topk", "dgc", "kmeans")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A contribution to one shard. Its weight is what its author states."""
+    """A contribution to one shard. Its weight is what its author states, its standing what all know of its author."""
 
     body: Bytes
     weight: int = 1
     staleness: int = 0
+    peer: str = ""
+    standing: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +71,10 @@ class VectorReducer:
         if layout.n_elements != terms.n_elements:
             raise ValueError(f"a layout of {layout.n_elements} elements, terms of {terms.n_elements}")
         self.layout, self.terms = layout, terms
-        self.rule = parse_rule(terms.rule)
+        self.keeps_standing = terms.rule.startswith(STANDING)
+        self.rule = parse_rule(terms.rule.removeprefix(STANDING))
+        if self.keeps_standing and (self.rule.per_coordinate or not self.rule.needs_gram):
+            raise ConfigError(f"round.rule: a standing needs a rule that weighs whole contributions, not {self.rule}")
         self.codec, self.result_codec = make_codec(terms.codec), make_codec(terms.result_codec)
         if not self.result_codec.repeatable:
             raise ConfigError(f"results in {terms.result_codec}: aggregators would not make the same bytes of them")
@@ -66,7 +84,7 @@ class VectorReducer:
     @property
     def needs_before(self) -> bool:
         """Whether the rule measures from the last aggregate."""
-        return self.rule.needs_gram
+        return self.rule.needs_gram and not self.keeps_standing
 
     def shards(self, n_shards: int) -> tuple[Layout, ...]:
         """The parts of the vector. There are fewer than `n_shards` if it has fewer rows: the others are empty."""
@@ -100,9 +118,10 @@ class VectorReducer:
         return gram_NN[upper[0], upper[1]].to(torch.float32).numpy().astype("<f4").tobytes()
 
     def decide(self, rows: Sequence[Row], grams: Sequence[bytes], plan: bytes) -> bytes:
-        """What the rule makes of the sum of the shards' Gram matrices: which rows count at all, and the decision.
+        """What the rule makes of the sum of the shards' Gram matrices.
 
-        The bodies of `rows` are not looked at. A matrix of another size counts as one of NaN.
+        Each row's standing after it (int32), which rows count at all (a bit each), and the decision on those. The
+        bodies of `rows` are not looked at. A matrix of another size counts as one of NaN.
         """
         n_rows = len(rows)
         total_NN = torch.zeros(n_rows, n_rows, dtype=torch.float64)
@@ -113,12 +132,23 @@ class VectorReducer:
         for number in good:
             mask[number // 8] |= 1 << number % 8
         if not good:
-            return bytes(mask)
+            return _standings([row.standing for row in rows]) + bytes(mask)
         place = torch.tensor(good)
         # Between rows of finite length all is finite, unless a whole jury lied: no reason to fall over.
         gram_NN = total_NN[place[:, None], place].nan_to_num(0.0, 0.0, 0.0)
-        decision = self._decide([rows[number] for number in good], n_rows, gram_NN, plan)
-        return bytes(mask) + decision.to_bytes()
+        chosen = [rows[number] for number in good]
+        if not self.keeps_standing:
+            decision = self._decide(chosen, n_rows, gram_NN, plan)
+            return _standings([row.standing for row in rows]) + bytes(mask) + decision.to_bytes()
+        # By its place: who is in no group has no name.
+        names = [f"{number:05d}" for number in range(n_rows)]
+        known = Standing({name: row.standing for name, row in zip(names, rows, strict=True)})
+        inside = [names[number] for number in good]
+        n_liars = self._n_liars(n_rows, len(good))
+        decision, known = decide_standing(self.rule, gram_NN, n_liars, peers=inside, standing=known, seed=plan)
+        outside = [name for name in names if name not in inside]
+        known = known.after(outside, [-UNIT] * len(outside))  # no vector at all pulls straight backwards
+        return _standings([known.scores[name] for name in names]) + bytes(mask) + decision.to_bytes()
 
     def reduce(self, work: ShardWork, decision: bytes) -> bytes:
         """The coded result. `decision` is empty for a rule that needs none; RemoteProtocolError if it is none."""
@@ -133,8 +163,12 @@ class VectorReducer:
     def decode(self, results: Sequence[Bytes]) -> Tensor:
         """The whole aggregate, float32 [P]. Raises RemoteProtocolError for bytes that are no results."""
         parts = self.shards(len(results))
-        vectors = [self.result_codec.decode(body, part) for body, part in zip(results, parts, strict=False)]
-        return torch.cat(vectors)
+        whole_P = torch.empty(self.layout.n_elements)
+        places = torch.split(whole_P, [part.n_elements for part in parts])
+        # Each goes to its place at once: holding all of them until the end would take as much memory again.
+        for body, part, place_P in zip(results, parts, places, strict=False):
+            place_P.copy_(self.result_codec.decode(body, part))
+        return whole_P
 
     # ---- one shard
 
@@ -179,16 +213,16 @@ class VectorReducer:
     def _combine(self, work: ShardWork, part: Layout, decision: bytes) -> Tensor:
         rows, n_rows = self._rows(work, part), len(work.rows)
         if decision:
-            n_mask = -(-n_rows // 8)
-            if len(decision) < n_mask:
+            mask, n_mask = decision[4 * n_rows :], -(-n_rows // 8)
+            if len(mask) < n_mask:
                 raise RemoteProtocolError("a decision about other rows")
-            good = [number for number in range(n_rows) if decision[number // 8] >> number % 8 & 1]
+            good = [number for number in range(n_rows) if mask[number // 8] >> number % 8 & 1]
         else:
             good = [number for number in range(n_rows) if rows[number] is not None]
         if not good:
             return torch.zeros(part.n_elements)
         if decision:
-            chosen = Decision.from_bytes(decision[n_mask:])
+            chosen = Decision.from_bytes(mask[n_mask:])
         else:
             none_NN = torch.zeros(len(good), len(good), dtype=torch.float64)
             chosen = self._decide([work.rows[number] for number in good], n_rows, none_NN, work.plan)
@@ -204,6 +238,10 @@ def _weights(rows: Sequence[Row]) -> list[int]:
     """What authors state, capped; a late contribution counts for 1 / (1 + rounds late). In units of 1 / 720720."""
     late = [720720 // (1 + row.staleness) for row in rows]  # divisible by 1 to 16
     return [weight * part for weight, part in zip(capped([row.weight for row in rows]), late, strict=True)]
+
+
+def _standings(scores: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(scores)}i", *scores)
 
 
 def _square(data: bytes, n_rows: int) -> Tensor:

@@ -29,12 +29,10 @@ from mycel.protocols.rounds import (
 from mycel.swarm.rounds.actions import Collect, Decide, FetchOffers, Reduce
 from mycel.swarm.rounds.claims import Kind, Reduction, Task
 from mycel.swarm.rounds.closing import Grace, Holdings
-from mycel.swarm.rounds.membership import gathering
+from mycel.swarm.rounds.membership import gathering, standing_in
 from mycel.swarm.rounds.statements import UNSIGNED
 from mycel.swarm.rounds.terms import GroupTerms, beacon_of, order, reducers
 from mycel.swarm.rounds.voice import Voice
-
-_MOST_REDUCTIONS = 16
 
 
 class Round:
@@ -49,7 +47,7 @@ class Round:
         self.members = outcome.members
         self.is_member = self.me in self.members
         self.gathering = gathering(outcome, terms)
-        self.n_shards = terms.n_shards(len(self.members))
+        self.n_shards = terms.n_shards
         ring = reducers(self.beacon, 0, self.members)
         turns = [shard % len(ring) for shard in range(self.n_shards)]
         self.rings = tuple(ring[turn:] + ring[:turn] for turn in turns)
@@ -74,6 +72,8 @@ class Round:
         self._by_key: dict[bytes, Reduction] = {}
         self._audited: dict[bytes, int] = {}
         self._collected: set[tuple[int, bytes]] = set()
+        self._mine: bytes | None = None
+        self._arrived_at: dict[bytes, float] = {}
         self._n_held: Counter[str] = Counter()
         self._heard_of: dict[bytes, str] = {}
         self._ask_at = math.inf
@@ -87,11 +87,15 @@ class Round:
 
     def meet(self, peers: frozenset[str], now: float) -> None:
         """These members are there, and I."""
-        self.present = frozenset(self.members) & (peers | {self.me})
+        present = frozenset(self.members) & (peers | {self.me})
+        if self.present == present and self.holdings.aggregators:
+            return  # a stranger has come or gone
+        self.present = present
         self.holdings.present(self.present, now)
         for reduction in self.reductions.values():
             self._attend(reduction, reduction.tasks, now)
         self._collect(self.offers)
+        self._hold_mine(now)
 
     def take_offer(self, offer: Offer, digest: bytes, now: float) -> None:
         """An offer of a member; the second of one author only if a plan names it."""
@@ -100,6 +104,7 @@ class Round:
             return
         self.offers[digest] = offer
         self.by_author.setdefault(offer.peer, digest)
+        self._arrived_at.setdefault(digest, now)
         if not offer.bodies:
             self.holdings.complete(digest, now)
         self._collect([digest])
@@ -109,10 +114,17 @@ class Round:
     def offer_mine(self, offer: Offer, digest: bytes, now: float) -> None:
         """My own bodies are here."""
         self._collected.update((shard, digest) for shard in range(self.n_shards))
+        self._mine = digest if offer.bodies else None
         self.take_offer(offer, digest, now)
-        for shard in range(self.n_shards) if offer.bodies else ():
-            if self.me in self.holdings.aggregators[shard]:
-                self.hold(shard, digest, now)
+        self._hold_mine(now)
+
+    def _hold_mine(self, now: float) -> None:
+        """Say that my own bodies are here, also of shards that are mine to reduce only since somebody is gone."""
+        mine = self._mine
+        for shard in range(self.n_shards) if mine is not None else ():
+            is_told = mine in self.holdings.of(self.me, shard)
+            if self.me in self.holdings.aggregators[shard] and not is_told and mine is not None:
+                self.hold(shard, mine, now)
 
     def hold(self, shard: int, digest: bytes, now: float) -> None:
         """The body of `shard` is here."""
@@ -179,7 +191,7 @@ class Round:
 
     def closed(self, now: float) -> bool:
         """Whether to go on with what is there."""
-        if any(len(plan.offers) >= self.need for plan in self.plans.values()):
+        if any(self._is_known(plan) for plan in self.plans.values()):
             return True
         if self.gathering:
             return any(self.grantable(request) for request in self.requests.values())
@@ -192,6 +204,10 @@ class Round:
             if now >= self.threshold_at + self.grace.seconds:
                 return True
         return self.is_patience_over(now)
+
+    def _is_known(self, plan: Plan) -> bool:
+        """Whether somebody whose turn it may be has seen enough; what only it has ever heard of shows nothing."""
+        return sum(digest in self.offers for digest in plan.offers) >= self.need
 
     def is_patience_over(self, now: float) -> bool:
         """Whether to make do with what is there; a gathering waits for as long as nobody comes."""
@@ -211,22 +227,23 @@ class Round:
         return request.peer not in self.members and request.peer not in self.outcome.convicted
 
     def learn_spread(self) -> None:
-        """The round is over: how long after the first enough did the last contribution come?"""
+        """The round is over: how long after the first enough did the last contribution come, if only its offer?"""
         if self.threshold_at is not None:
-            arrivals = [self.holdings.since[digest] for digest in self.countable()]
-            self.grace.learn(max(0.0, max(arrivals, default=0.0) - self.threshold_at))
+            since = self.holdings.since
+            arrivals = [since.get(digest, at) for digest, at in self._arrived_at.items()]
+            spread_s = max(0.0, max(arrivals, default=0.0) - self.threshold_at)
+            self.grace.learn(spread_s, self.threshold_at - self.started_at)
 
     # ---- plans -------------------------------------------------------------------------------------------------------
 
-    def take_plan(self, sender: str, plan: Plan, now: float) -> None:
+    def take_plan(self, plan: Plan, now: float) -> None:
         self.plans.setdefault(plan.attempt, plan)
         self.plan_at.setdefault(plan.attempt, now)
-        self.take_set(sender, plan.offers, now)
 
     def take_set(self, sender: str, offers: tuple[bytes, ...], now: float) -> None:
-        """Somebody whose turn it is wants this set reduced."""
+        """Somebody whose turn it is wants this set reduced: two in an attempt at most, its plan and its proposal."""
         digest = plan_digest(offers)
-        if digest in self.sets or (len(self.sets) >= _MOST_REDUCTIONS and sender != self.me):
+        if digest in self.sets:
             return
         self.sets[digest] = offers
         self.seen_at[digest] = now
@@ -373,7 +390,10 @@ class Round:
         agreed = reduction.agreed_grams()
         if reduction.grams and agreed is not None and agreed != reduction.decided_from and not reduction.deciding:
             reduction.deciding, reduction.asked_from = True, agreed
-            self.voice.do(Decide(reduction.plan, reduction.rows, tuple(task.data() for task in reduction.grams)))
+            known = standing_in(self.outcome)
+            standing = tuple(known.get(offer.peer, 0) for offer in reduction.rows)
+            grams = tuple(task.data() for task in reduction.grams)
+            self.voice.do(Decide(reduction.plan, reduction.rows, grams, standing))
         if reduction.results() is None:
             reduction.done_at = None
         elif reduction.done_at is None:

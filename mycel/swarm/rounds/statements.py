@@ -36,6 +36,8 @@ Slot = tuple[str | int | bytes, ...]
 UNSIGNED = bytes(64)
 # Statements kept of one peer and round. An honest one needs two votes and at most a proposal an attempt.
 _MOST = {"vote": 128, "plan": 16, "proposal": 16, "offer": 1, "request": 1}
+# Of a round that is over: nothing but one of two that prove a lie is of use any more.
+_MOST_OLD = 2
 # Proofs are said again in later rounds, and whoever was away may check them for so long.
 KEPT_ROUNDS = 8
 
@@ -121,14 +123,14 @@ class Ledger:
     _first: dict[str, dict[Slot, Signed]] = field(default_factory=dict)
     _n: Counter[tuple[str, str | int | bytes, str | int | bytes]] = field(default_factory=Counter)
 
-    def admit(self, sender: str, statement: Signed) -> Admission:
+    def admit(self, sender: str, statement: Signed, *, is_old: bool = False) -> Admission:
         """Take up a statement that `sender` says or passes on. RemoteProtocolError if its signature is false."""
         said, slot = self._first.setdefault(statement.peer, {}), slot_of(statement)
         first = said.get(slot)
         if first is not None and (first == statement or signed_part(first) == signed_part(statement)):
             return Known()
         kind = (statement.peer, slot[0], slot[1])
-        if first is None and self._n[kind] >= _MOST.get(str(slot[0]), self.most_claims):
+        if first is None and self._n[kind] >= (_MOST_OLD if is_old else _MOST.get(str(slot[0]), self.most_claims)):
             return Known()
         if not verify(statement.peer, statement.signature, signed_part(statement)):
             raise RemoteProtocolError(f"a {kind_of(statement)} with a false signature", sender)

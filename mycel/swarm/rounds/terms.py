@@ -51,9 +51,9 @@ class GroupTerms:
         """Signatures that make a certificate."""
         return (2 * n_members) // 3 + 1 if self.open else n_members // 2 + 1
 
-    def n_shards(self, n_members: int) -> int:
+    @property
+    def n_shards(self) -> int:
         """Into how many shards a vector is cut, whoever comes and goes: what was not sent is kept by shard."""
-        del n_members
         return 1 if self.aggregators == 0 else max(1, min(self.shards, self.n_elements >> 14))
 
     def n_liars(self, n_rows: int) -> int:

@@ -108,6 +108,10 @@ class Voting:
         """What a quorum prevoted in `attempt`, if it agreed; NOTHING counts as a value."""
         return self._quorums.get((attempt, "prevote"))
 
+    def prevoted(self, attempt: int) -> set[bytes]:
+        """All that anybody prevoted in `attempt`."""
+        return {value for value, voters in self._for.get((attempt, "prevote"), {}).items() if voters}
+
     def later_attempt(self) -> int | None:
         """An attempt after mine that at least one honest member has come to."""
         newest = sorted(self._newest.values(), reverse=True)

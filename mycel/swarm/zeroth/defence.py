@@ -20,10 +20,10 @@ import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from mycel.swarm.zeroth.byte import decode, encode, ladder
-from mycel.swarm.zeroth.chain import Round
-from mycel.swarm.zeroth.log import Log
+from mycel.swarm.zeroth.chain import Part
 
 __all__ = ["Drawn", "Measured", "Verdict", "auditor_of", "drawn", "verdict"]
 
@@ -45,6 +45,30 @@ class Measured:
         return encode(self.g)
 
 
+class Keyed(Protocol):
+    """A peer, by its key."""
+
+    @property
+    def key(self) -> bytes: ...
+
+
+class Listed(Protocol):
+    """Whoever numbers peers: a log, or a step of a course."""
+
+    @property
+    def members(self) -> Sequence[Keyed]: ...
+
+
+class Closed(Protocol):
+    """A round that is over."""
+
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def parts(self) -> tuple[Part, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """An update to be measured again, by whom."""
@@ -62,7 +86,7 @@ class Verdict:
     reason: str
 
 
-def drawn(log: Log, closed: Round, beacon: bytes, share: float, auditors: Sequence[int]) -> list[Drawn]:
+def drawn(log: Listed, closed: Closed, beacon: bytes, share: float, auditors: Sequence[int]) -> list[Drawn]:
     """The updates of a closed round that are measured again; `beacon` is that of the next one.
 
     `auditors` are the numbers of those who can. None where nobody but its author could: a peer does not audit itself.
@@ -80,7 +104,7 @@ def drawn(log: Log, closed: Round, beacon: bytes, share: float, auditors: Sequen
     return found
 
 
-def auditor_of(log: Log, text: bytes, candidates: Iterable[int]) -> int | None:
+def auditor_of(log: Listed, text: bytes, candidates: Iterable[int]) -> int | None:
     ranked = ((_number(_AUDITOR + text + log.members[peer].key), peer) for peer in candidates)
     return min(ranked, default=(0, None))[1]
 

@@ -13,7 +13,7 @@ import trio.testing
 
 from mycel.node.libp2p_transport import Libp2pTransport, open_transport
 from mycel.node.rounds import bulk
-from mycel.node.rounds.blobs import BlobExchange, BlobStore
+from mycel.node.rounds.blobs import LANE_BYTES, BlobExchange, BlobStore
 from mycel.node.rounds.bulk import BulkLanes
 from mycel.node.rounds.bulk_stream import BulkStream
 from mycel.node.rounds.bulk_wire import LANE, LaneAt, NoLane, OpenLane, Sealer, Unsealer, lane_codec, lane_keys
@@ -160,16 +160,15 @@ def test_headers_that_promise_too_much_are_refused_at_once(header: tuple[int, in
 def test_a_cancelled_receive_loses_nothing() -> None:
     async def scenario() -> None:
         data = bytes_of(3 * MIB)
-        async with written(data[:MIB]) as (record, wire, reader):
-            async with trio.open_nursery() as sending:
-                sending.start_soon(wire.send_all, record)
-                for _ in range(20):
-                    with trio.CancelScope() as scope:
-                        async with trio.open_nursery() as nursery:
-                            nursery.start_soon(reader._fill, reader._have + 10_000)
-                            await trio.lowlevel.checkpoint()
-                            scope.cancel()
-                assert await reader.receive() == data[:MIB]
+        async with written(data[:MIB]) as (record, wire, reader), trio.open_nursery() as sending:
+            sending.start_soon(wire.send_all, record)
+            for _ in range(20):
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(reader._fill, reader._have + 10_000)
+                        await trio.lowlevel.checkpoint()
+                        scope.cancel()
+            assert await reader.receive() == data[:MIB]
 
     run(scenario)
 
@@ -245,7 +244,7 @@ async def gives(giver: Node, asker: Node, n_bytes: int = 2 * MIB) -> None:
 def test_large_blobs_come_over_lanes_in_both_directions() -> None:
     async def scenario() -> None:
         async with two(LOOPBACK, LOOPBACK) as (a, b):
-            await gives(a, b, MIB - 1)
+            await gives(a, b, LANE_BYTES - 1)
             assert (a.n_lanes, b.n_lanes) == (0, 0)
             for _ in range(3):
                 await gives(a, b)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mycel.protocols.errors import ConfigError
-from mycel.security.aggregators import aggregate, parse_rule
+from mycel.security.aggregators import Decision, aggregate, parse_rule
 from mycel.swarm.codecs import Layout, make_codec
+from mycel.swarm.rounds.claims import standing_after
 from mycel.swarm.rounds.reducer import Row, ShardWork, VectorReducer
 from mycel.swarm.rounds.terms import GroupTerms
 
@@ -145,3 +146,27 @@ def test_bad_terms_are_one_line() -> None:
         reducer_of("mean", codec="float5")
     with pytest.raises(ValueError, match="a layout of"):
         VectorReducer(LAYOUT, GroupTerms(P + 1))
+
+
+def test_who_pulls_backwards_loses_its_standing_and_then_its_say() -> None:
+    reducer = reducer_of("standing+caf", liars=0.4)
+    generator = torch.Generator().manual_seed(3)
+    standing = [0] * 5
+    for _ in range(3):
+        rows = [1 + 0.3 * torch.randn(P, generator=generator) for _ in range(5)]
+        rows[1] = -0.2 * rows[1]  # from within the honest spread
+        contributions = [bodies_of(reducer, row) for row in rows]
+        works = [
+            ShardWork(PLAN, shard, N_SHARDS, tuple(Row(bodies[shard]) for bodies in contributions))
+            for shard in range(N_SHARDS)
+        ]
+        known = [Row(b"", standing=score) for score in standing]
+        decision = reducer.decide(known, [reducer.gram(work) for work in works], PLAN)
+        before, standing = standing, list(standing_after(decision, 5))
+        assert standing[1] < before[1]
+        assert all(now > then for number, (now, then) in enumerate(zip(standing, before, strict=True)) if number != 1)
+    weights = Decision.from_bytes(decision[4 * 5 + 1 :]).weights
+    assert weights[1] == 0
+    assert reducer.reduce(works[0], decision)
+    with pytest.raises(ConfigError, match="standing"):
+        reducer_of("standing+median")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from mycel.swarm.rounds.closing import Grace, Holdings
 
 ALL = frozenset("abcd")
@@ -58,11 +60,28 @@ def test_where_everybody_collects_everything_a_majority_of_those_here_counts():
 def test_the_grace_is_the_longest_at_first_and_then_follows_the_spread_of_arrivals():
     grace = Grace(10.0)
     assert grace.seconds == 10.0
-    grace.learn(2.0)
+    grace.learn(2.0, 1.0)
     assert grace.seconds == 3.0
     for _ in range(50):
-        grace.learn(0.0)
-    assert grace.seconds < 0.01
+        grace.learn(0.0, 1.0)
+    assert grace.seconds == pytest.approx(0.05)
     for _ in range(50):
-        grace.learn(100.0)
+        grace.learn(100.0, 1.0)
     assert grace.seconds == 10.0
+
+
+def test_some_rounds_in_which_all_come_at_once_do_not_take_the_grace_from_who_is_late_again():
+    grace = Grace(10.0)
+    grace.learn(4.0, 1.0)
+    for _ in range(7):
+        grace.learn(0.0, 1.0)
+    assert grace.seconds == 2.0
+    grace.learn(0.0, 1.0)
+    assert grace.seconds < 1.0
+
+
+def test_a_grace_is_a_twentieth_of_the_wait_for_enough_at_least():
+    grace = Grace(10.0)
+    for _ in range(20):
+        grace.learn(0.0, 40.0)
+    assert grace.seconds == 2.0

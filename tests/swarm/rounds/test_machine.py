@@ -243,11 +243,12 @@ def test_whose_state_most_others_do_not_share_is_told_so():
 def test_a_vote_is_written_down_before_it_is_said_and_never_changes():
     made = machine(replace(TERMS, patience_s=1.0))
     actions = made.expired(1.0) + made.expired(60.0)
+    said = [action.vote for action in actions if isinstance(action, Remember)]
     votes = [action for action in actions if isinstance(action, Remember) and isinstance(action.vote, Vote)]
     assert votes
     for vote in votes:
         assert actions.index(vote) < actions.index(Say(vote.vote))
-    restarted = RoundMachine(ME, TERMS, FIRST, STATE, [vote.vote for vote in votes])
+    restarted = RoundMachine(ME, TERMS, FIRST, STATE, said)
     again = restarted.start(0.0)
     assert not any(isinstance(action, Remember) for action in again)
     assert votes[0].vote in restarted.repeat()
