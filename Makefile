@@ -15,7 +15,7 @@ STAGES := FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python tools/stages.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install demo demo-train test lint types imports fast slow fuzz packages bench format clean
+.PHONY: help install demo demo-rounds demo-train test lint types imports fast slow fuzz packages bench format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1@/' | awk -F@ '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -24,6 +24,9 @@ install: $(VENV)/.dev ## the virtual environment with everything for development
 
 demo: $(VENV)/.runtime ## a swarm on this machine answers a prompt
 	@$(BIN)/mycel demo
+
+demo-rounds: $(VENV)/.runtime ## eight processes train by rounds: two lie, one is killed, one comes late; in under five minutes
+	@$(BIN)/mycel demo --rounds docs/recipes/rounds.toml
 
 demo-train: $(VENV)/.runtime ## six processes train a model, and lose a node of each stage; in under five minutes
 	@$(BIN)/mycel demo --train docs/recipes/topics.toml

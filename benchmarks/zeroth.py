@@ -11,6 +11,7 @@ audits comes from reading the same bytes back.
 
   codes   the loss with float32 scalars, with one byte, and with the sign alone (8 peers, one sample each a round)
   replay  nanoseconds per update and parameter; equal SHA-256 in order, shuffled and with two threads; flipped bits
+  wire    bytes at the socket for an offer of 64, 256 and 1024 updates (zeroth_wire.py)
   attack  2 of 8 peers send -20 g: no defence, clipping, clipping with audits of 10 %
 
 Slopes, and so the losses, differ in their last digits between machines; hashes do not, given the same log.
@@ -34,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.zeroth_wire import show_wire
 from mycel.security.identity import Identity
 from mycel.swarm.zeroth.byte import VOID, decode
 from mycel.swarm.zeroth.chain import BadLine, ForgedLine
@@ -336,16 +338,18 @@ def attack(task: Task, n_rounds: int, seed: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help="codes, replay, attack; all by default")
+    parser.add_argument("parts", nargs="*", help="codes, replay, attack, wire; all by default")
     parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--bits", type=int, default=100)
     options = parser.parse_args()
-    parts = options.parts or ["codes", "replay", "attack"]
-    if not set(parts) <= {"codes", "replay", "attack"}:
-        parser.error("the parts are codes, replay and attack")
+    parts = options.parts or ["codes", "replay", "attack", "wire"]
+    if not set(parts) <= {"codes", "replay", "attack", "wire"}:
+        parser.error("the parts are codes, replay, attack and wire")
     torch.set_num_threads(1)
-    for seed in range(options.seeds):
+    if "wire" in parts:
+        show_wire()
+    for seed in range(options.seeds if set(parts) - {"wire"} else 0):
         begun = time.perf_counter()
         task = Task.make(seed)
         print(f"task    seed {seed}: trained in {time.perf_counter() - begun:.0f} s", flush=True)

@@ -7,12 +7,18 @@
             print(piece.text, end="")
 
 In trio, `async with mycel.connect_trio(invite) as model` gives the same model with async verbs.
+
+    with mycel.averager(tensors) as group:
+        print(group.invite)
+        mean = group.average(tensors).tensors
+
+brings the tensors of several trainers together; the others come with `mycel.averager(tensors, invite)`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mycel._version import __version__
 from mycel.protocols.errors import (
@@ -27,8 +33,12 @@ from mycel.protocols.errors import (
 from mycel.protocols.messages import SamplingParams
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractAsyncContextManager
 
+    from torch import Tensor
+
+    from mycel.node.averaging import SyncAverager
     from mycel.node.client import Model
     from mycel.node.sync_client import SyncModel
 
@@ -42,6 +52,7 @@ __all__ = [
     "RouteUnavailable",
     "SamplingParams",
     "__version__",
+    "averager",
     "connect",
     "connect_trio",
 ]
@@ -63,3 +74,14 @@ def connect_trio(invite: str, *, cache_dir: Path | None = None) -> AbstractAsync
     from mycel.node.client import connect as connect_client
 
     return connect_client(invite, cache_dir=cache_dir)
+
+
+def averager(tensors: Mapping[str, Tensor], invite: str = "", **options: Any) -> SyncAverager:
+    """A member of a group that averages tensors like these: of the invite's group, or of a new one.
+
+    `options` are those of `SyncAverager.create` and `join` (mycel/node/averaging); for trio programs `Averager` is
+    there. Raises ConfigError for an invite to a group whose tensors are others, and names the difference.
+    """
+    from mycel.node.averaging import SyncAverager
+
+    return SyncAverager.join(invite, tensors, **options) if invite else SyncAverager.create(tensors, **options)

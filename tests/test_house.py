@@ -72,14 +72,18 @@ MUST_BE_PURE = (
     "mycel.swarm.zeroth.chain",
     "mycel.swarm.zeroth.choose",
     "mycel.swarm.zeroth.compact",
+    "mycel.swarm.zeroth.course",
     "mycel.swarm.zeroth.defence",
     "mycel.swarm.zeroth.directions",
     "mycel.swarm.zeroth.lattice",
     "mycel.swarm.zeroth.lines",
     "mycel.swarm.zeroth.log",
+    "mycel.swarm.zeroth.options",
     "mycel.swarm.zeroth.replay",
     "mycel.swarm.zeroth.rule",
+    "mycel.swarm.zeroth.run_log",
     "mycel.swarm.zeroth.seeds",
+    "mycel.swarm.zeroth.shortcut",
 )
 # Where most decisions live, a module has to say where it stands; in node and cli the shell is the rule.
 ROOMS_THAT_STATE_RINGS = ("protocols", "security", "dht", "swarm")

@@ -14,6 +14,7 @@ import click
 import trio
 
 from mycel.cli.common import say, write
+from mycel.cli.demo_rounds import demo_rounds
 from mycel.cli.demo_train import demo_training
 from mycel.cli.exits import CommandFailedError
 
@@ -40,7 +41,13 @@ PATIENCE_S = 30.0
     metavar="RECIPE",
     help="See a training run instead: it loses a node of each stage, and its loss goes on as if nothing had been.",
 )
-def demo(train: Path | None) -> None:
+@click.option(
+    "--rounds",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="RECIPE",
+    help="See a run of rounds instead: two of eight nodes lie, one is killed and one comes late.",
+)
+def demo(train: Path | None, rounds: Path | None) -> None:
     """See it work: four nodes answer a prompt, and lose one of them.
 
     Starts a network of four processes on this machine with the small model inside Mycel, lets it continue a prompt,
@@ -50,6 +57,8 @@ def demo(train: Path | None) -> None:
     try:
         if train is not None:
             demo_training(train, directory)
+        elif rounds is not None:
+            demo_rounds(rounds, directory)
         else:
             trio.run(_demo, directory)
     except Exception:

@@ -15,7 +15,7 @@ import click
 from mycel._version import __version__
 from mycel.cli.exits import BROKEN_PIPE, INTERNAL, exit_code, one_line
 
-COMMANDS = ("demo", "up", "run", "chat", "status", "start", "join", "train", "doctor")
+COMMANDS = ("demo", "up", "run", "chat", "status", "start", "join", "train", "finetune", "replay", "doctor")
 
 
 class Commands(click.Group):

@@ -73,6 +73,7 @@ class NodeOptions:
     supervised: bool
     train: Path | None = None
     checkpoints: Path | None = None
+    liar: str = ""
 
     def config(self, invite: Invite | None) -> NodeConfig:
         """What the node is told. Raises UsageError for options that exclude each other."""
@@ -102,10 +103,18 @@ class NodeOptions:
             recipe=self.train,
             checkpoints=self.checkpoints,
             data=self.train is not None,
+            liar=self.liar,
         )
 
 
 _OPTIONS = (
+    click.option(
+        "--liar",
+        default="",
+        metavar="NAME",
+        hidden=True,  # for experiments, not for a swarm of others
+        help="Contribute lies to rounds of training, on purpose: sign-flip, x1000, gaussian, zero, nan, replay...",
+    ),
     click.option(
         "--blocks",
         type=blocks,

@@ -26,6 +26,7 @@ from mycel.node.training.plots import can_plot, plot_loss, plot_losses
 from mycel.protocols.errors import AccessDenied, ConfigError
 from mycel.swarm.training.progress import show_duration
 from mycel.swarm.training.recipe import Recipe, canonical, n_steps, parse_recipe
+from mycel.swarm.zeroth.options import ZerothOptions
 
 if TYPE_CHECKING:
     from mycel.cli.processes import LocalNetwork, LocalNode
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _LOOK_EVERY_S = 0.5
 _CHECKPOINT = re.compile(r"step-(\d{1,12})")
 LISTEN = "/ip4/127.0.0.1/tcp/0"
+_MEANWHILE = '. Meanwhile, in another terminal: mycel run "..."'
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,8 @@ class TrainingRun:
         """Show the run until its last checkpoint is whole, and as long as `beside` goes on."""
         self._run = bytes.fromhex(nodes[0].serving.swarm)
         if beside is None:
-            say('all nodes are there; Ctrl-C stops. Meanwhile, in another terminal: mycel run "..."')
+            asked = "" if isinstance(self.plan.recipe.method, ZerothOptions) else _MEANWHILE
+            say(f"all nodes are there; Ctrl-C stops{asked}")
             await self._follow(network, ProgressView())
             return
         async with trio.open_nursery() as nursery:

@@ -58,10 +58,14 @@ class NodesWatch:
         record = self._latest(node)
         return next(iter(record.params), None) if record is not None else None
 
+    def step_of(self, node: LocalNode) -> int:
+        """The step that this node has made last, 0 before the first."""
+        return record.step if (record := self._latest(node)) is not None else 0
+
     def slowest(self) -> int:
         """The step that every node has made that is there."""
         there = [node for node in self.network.nodes if node.process.poll() is None]
-        return min((record.step if (record := self._latest(node)) else 0 for node in there), default=0)
+        return min((self.step_of(node) for node in there), default=0)
 
     def _latest(self, node: LocalNode) -> StepMetrics | None:
         if node.ready is None or node.process.poll() is not None:

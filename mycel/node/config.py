@@ -29,7 +29,7 @@ class NodeConfig:
 
     `recipe` founds a training run; who joins one with it reads there where the text lies on this machine. `data` says
     that the node has the text and drives microbatches. `checkpoints` is where whole checkpoints are written, and what
-    the run resumes from.
+    the run resumes from. `liar` names what the node plays in experiments with liars (security/attacks), "" for none.
     """
 
     data_dir: Path
@@ -54,3 +54,4 @@ class NodeConfig:
     recipe: Path | None = None
     checkpoints: Path | None = None
     data: bool = False
+    liar: str = ""

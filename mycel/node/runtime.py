@@ -30,7 +30,8 @@ from mycel.node.placing import Placing
 from mycel.node.speed import measure_block_s
 from mycel.node.station import Station
 from mycel.node.training.founding import FoundedRun, found_run
-from mycel.node.training.life import make_life, recipe_of
+from mycel.node.training.ground import prepare, recipe_of
+from mycel.node.training.life import make_life
 from mycel.protocols.errors import PeerError
 from mycel.protocols.messages import PeerAddress
 from mycel.security.identity import load_or_create
@@ -105,9 +106,9 @@ async def run_node(
                 await announcer.say()
                 tasks.start_soon(placing.rebalance)
             else:
-                life = await make_life(config, recipe, founded, station, announcer, placing, say)
+                life = await make_life(await prepare(config, recipe, founded, station, announcer, placing, say))
                 tasks.start_soon(life.run, tasks)
-                await life.peer.ready.wait()
+                await life.ready.wait()
             if config.hivemind_dht:
                 tasks.start_soon(announce_in_hivemind, config.hivemind_dht, station, config.ttl_s)
             if config.mdns:

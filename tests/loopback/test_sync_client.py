@@ -70,7 +70,7 @@ def test_the_estimate(model: SyncModel) -> None:
 
 
 def test_closing_early_frees_the_session(model: SyncModel, nodes: Nodes) -> None:
-    """How many sessions there were is not known: an attempt that finds one of the two nodes still full opens another."""
+    """How many sessions there were is not known: an attempt that finds one of the nodes still full opens another."""
 
     def n_told(what: str) -> int:
         return len(nodes.nodes[0].events(f"session.{what}"))

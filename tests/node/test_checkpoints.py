@@ -814,6 +814,8 @@ def run_virtual(main: Callable[[], object]) -> None:
 def test_when_a_checkpoint_is_due():
     assert [v for v in range(50) if due(v)] == [10, 20, 30, 40, 47]
     assert [v for v in range(50) if is_due(CheckpointPart(every=0), v, 47)] == [47]
+    rounds = (0, 20, 40, 47)  # the last one is shorter
+    assert [v for v in rounds if is_due(CheckpointPart(every=25), v, 47, 20)] == [40, 47]
 
 
 def test_checkpoints_are_written_behind_the_steps_and_become_whole(place):

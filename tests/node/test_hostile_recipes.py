@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mycel.node.config import NodeConfig
-from mycel.node.training.life import _kept_bytes, _left_bytes
+from mycel.node.training.ground import _kept_bytes, _left_bytes
 from mycel.protocols.errors import ConfigError
 from mycel.swarm.training.plan import make_plan
 from mycel.swarm.training.recipe import parse_recipe

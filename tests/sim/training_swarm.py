@@ -9,19 +9,27 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from random import Random
 
 import torch
 import trio
 
+from mycel.node.rounds.blobs import BlobExchange
+from mycel.node.rounds.group import GroupPlace, GroupPorts
+from mycel.node.rounds.round_streams import RoundDoor
 from mycel.node.training.peer import Terms, TrainingPeer
 from mycel.node.training.reducing import Pull, Reducer, TiedEnd
+from mycel.node.training.round_sums import SCOPE, RoundSums, StageTwist, make_group
 from mycel.node.training.stage_port import Backpass
+from mycel.node.training.stage_reducer import StageReducer
 from mycel.node.training.stepping import StepDone
 from mycel.node.training.workshop_port import Holding
 from mycel.protocols.messages import PeerAddress
-from mycel.swarm.training.actions import Reduce
+from mycel.swarm.codecs import Layout
+from mycel.swarm.rounds.terms import GroupTerms
+from mycel.swarm.training.actions import Contribute, Reduce
 from mycel.swarm.training.bell import Bell
 from mycel.swarm.training.pipeline import Load
 from mycel.swarm.training.plan import RunPlan
@@ -131,9 +139,22 @@ class Told:
     fields: dict[str, object]
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """Sums come out of rounds with these terms; `folder` is where peers keep what they signed. Some lie."""
+
+    folder: Path
+    terms: GroupTerms
+    begins_with: int = 1
+    twists: dict[str, StageTwist] = field(default_factory=dict)
+
+
 @dataclass
 class TrainingSwarm:
-    """Peers by name. `reference` is the same run in one place; a forward takes `pass_s`, a backward twice that."""
+    """Peers by name. `reference` is the same run in one place; a forward takes `pass_s`, a backward twice that.
+
+    With `rounds` the first peer that starts is the run's founder, and nothing is held against the reference.
+    """
 
     world: World
     plan: RunPlan
@@ -145,6 +166,8 @@ class TrainingSwarm:
     # One disk for all, as on one machine; else everyone has its own.
     shared: dict[tuple[int, int], bytes] | None = None
     losses: Losses | None = None
+    rounds: Rounds | None = None
+    founder: str = ""
     peers: dict[str, TrainingPeer] = field(default_factory=dict)
     disks: dict[str, dict[tuple[int, int], bytes]] = field(default_factory=dict)
     # (stage, version) -> hash -> who had it
@@ -171,6 +194,7 @@ class TrainingSwarm:
         """
         again = name in self.peers
         transport = self.world.restart(name) if again else self.world.add_node(name)
+        self.founder = self.founder or transport.peer_id
         if self.losses is not None:
             self.losses.tap(transport)
         if slowness != 1.0:
@@ -182,15 +206,38 @@ class TrainingSwarm:
         others = [node for node in self.world.nodes() if node.name != name and not node.crashed]
 
         async def main(transport: SimTransport) -> None:
-            for other in others:
-                if other.name in self.peers:
-                    peer.meet(PeerAddress(other.peer_id, other.addresses))
-            await peer.run(len(others))
+            async with trio.open_nursery() as nursery:
+                if self.rounds is not None:
+                    await self._prepare_rounds(peer, self.rounds, nursery)
+                for other in others:
+                    if other.name in self.peers:
+                        peer.meet(PeerAddress(other.peer_id, other.addresses))
+                await peer.run(len(others))
+                nursery.cancel_scope.cancel()
             peer.event("peer.left")
             self.world.crash(name)  # the process ends
 
         self.world.start(name, main)
         return peer
+
+    async def _prepare_rounds(self, peer: TrainingPeer, rounds: Rounds, nursery: trio.Nursery) -> None:
+        """What life.py does on a real node."""
+        transport = peer.transport
+        assert isinstance(transport, SimTransport)
+        name, plan = transport.name, self.plan
+        states = (ToyState(plan, stage, tied=self.tied) for stage in range(plan.n_stages))
+        layouts = [Layout(((state.params_P.size // 4, 4),)) for state in states]
+        terms = replace(rounds.terms, n_elements=max(layout.n_elements for layout in layouts))
+        place = GroupPlace(plan.run, SCOPE, terms, self.founder)
+        blobs = BlobExchange(transport, threads=SimCompute(self.world, name), event=peer.event)
+        disk = SimCompute(self.world, name)
+        ports = GroupPorts(RoundDoor(transport), blobs, transport.identity, peer.compute, disk, peer.event)
+        reducer = StageReducer(layouts, terms, plan.n_microbatches)
+        group = await make_group(place, ports, reducer, rounds.folder / name)
+        twist = rounds.twists.get(name)
+        sums = RoundSums(plan, group, reducer, peer.compute, peer.event, rounds.begins_with, twist)
+        peer.use_rounds(sums)
+        await nursery.start(blobs.run)
 
     async def _load(self, first: int, count: int) -> torch.Tensor:
         await trio.lowlevel.checkpoint()
@@ -239,7 +286,7 @@ class TrainingSwarm:
         do = reducer.do
 
         async def watched(pull: Pull) -> None:
-            if isinstance(pull, Reduce):
+            if isinstance(pull, Reduce | Contribute):
                 sets = tuple(counted for _, counted in pull.sources)
                 step = f"step {reducer.table.version} of stage {reducer.stage}"
                 assert sum(bits.bit_count() for bits in sets) == self.plan.n_microbatches, f"{step}: {pull.sources}"
@@ -292,6 +339,9 @@ class TrainingSwarm:
 
     def check(self) -> None:
         """Every hash that anybody had, and what those who live hold now."""
+        if self.rounds is not None:
+            self._check_alike()
+            return
         for (stage, version), hashes in self.seen.items():
             assert list(hashes) == [self.reference.digests[version][stage]], (
                 f"stage {stage}, version {version}: {hashes}"
@@ -301,6 +351,17 @@ class TrainingSwarm:
             if stepper is not None and stepper.state != "joining":
                 stage, holder = stepper.reducer.stage, stepper.holder
                 wanted = self.reference.digests[holder.version][stage]
+                assert holder.params_digest() == wanted, f"{name}, stage {stage}, version {holder.version}"
+
+    def _check_alike(self) -> None:
+        """Nobody ever had other parameters than another at the same step, and nobody has now."""
+        for (stage, version), hashes in self.seen.items():
+            assert len(hashes) == 1, f"stage {stage}, version {version}: {hashes}"
+        for name in self.living():
+            stepper = self.peers[name].stepper
+            if stepper is not None and stepper.state != "joining" and stepper.version > 0:
+                stage, holder = stepper.reducer.stage, stepper.holder
+                wanted = next(iter(self.seen[stage, holder.version]))
                 assert holder.params_digest() == wanted, f"{name}, stage {stage}, version {holder.version}"
 
     def check_all_made(self, n_steps: int) -> None:

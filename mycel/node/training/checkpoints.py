@@ -53,9 +53,13 @@ async def on_thread(job: Callable[[Check], T]) -> T:
     return await trio.to_thread.run_sync(job, trio.from_thread.check_cancelled)
 
 
-def is_due(part: CheckpointPart, version: int, n_steps: int) -> bool:
-    """Whether there is a checkpoint after `version` steps: at every multiple of `every`, and at the end."""
-    return version > 0 and (version == n_steps or (part.every > 0 and version % part.every == 0))
+def is_due(part: CheckpointPart, version: int, n_steps: int, stride: int = 1) -> bool:
+    """Whether there is a checkpoint after `version` steps: at every multiple of `every`, and at the end.
+
+    Versions go by `stride`: the first one at or after a multiple is meant.
+    """
+    is_multiple = part.every > 0 and version // part.every > (version - stride) // part.every
+    return version > 0 and (version == n_steps or is_multiple)
 
 
 class Checkpointer:

@@ -5,49 +5,44 @@ Ring: shell.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from random import Random
 
-import msgspec
-import psutil
 import trio
 
-from mycel.node.announcer import Announcer
 from mycel.node.compute import DeviceCompute
 from mycel.node.config import NodeConfig
 from mycel.node.events import Say
-from mycel.node.model import Model
-from mycel.node.placing import MEMORY_SHARE, Placing
-from mycel.node.station import Station
+from mycel.node.rounds.blobs import BlobExchange
+from mycel.node.rounds.group_port import GroupPlace, GroupPorts
+from mycel.node.rounds.round_streams import RoundDoor
 from mycel.node.training.archivist import Archivist
-from mycel.node.training.bottleneck import border_width
-from mycel.node.training.checkpoints import CheckpointPlace
-from mycel.node.training.dataset import TokenDataset, open_dataset
-from mycel.node.training.founding import FoundedRun, plan_of, read_recipe
-from mycel.node.training.metrics import MetricsFile, StepReporter, metrics_path
+from mycel.node.training.ground import Ground, Life
+from mycel.node.training.metrics import MetricsFile, StepReporter
 from mycel.node.training.peer import LISTEN_S, Terms, TrainingPeer
+from mycel.node.training.replica_life import DEFAULT_RULE, make_replica_life
+from mycel.node.training.round_sums import SCOPE, RoundSums, StageTwist, make_group
+from mycel.node.training.stage_reducer import StageReducer
 from mycel.node.training.stepping import StepDone
 from mycel.node.training.workshop import TorchWorkshop
-from mycel.protocols.borders import border_bytes
+from mycel.node.zeroth.life import make_zeroth_life
 from mycel.protocols.errors import ConfigError, PeerError
 from mycel.protocols.messages import PeerAddress
-from mycel.swarm.manifest import RECIPE_FILE
-from mycel.swarm.placement import show_bytes
-from mycel.swarm.training.pipeline import Load, threaded
+from mycel.security.attacks import play
+from mycel.swarm.codecs import Layout, make_codec
+from mycel.swarm.methods.options import DataParallelOptions
+from mycel.swarm.rounds.terms import GroupTerms
 from mycel.swarm.training.plan import RunPlan
-from mycel.swarm.training.recipe import Recipe, canonical
+from mycel.swarm.training.recipe import ExactOptions, RoundPart
 from mycel.swarm.training.schedule import learning_rate
 from mycel.swarm.watch import REFRESH_S, SwarmWatch
+from mycel.swarm.zeroth.options import ZerothOptions
 
-__all__ = ["TrainingLife", "make_life", "recipe_of"]
+__all__ = ["TrainingLife", "make_life"]
 
 
 HURRY_S = 1.0
-# What is said of a microbatch beyond its tensors, for each stage: peers and their addresses.
-SAID_BYTES = 16 << 10
 
 
 @dataclass(eq=False)
@@ -60,7 +55,12 @@ class TrainingLife:
     watch: SwarmWatch
     known: int
     archivist: Archivist | None = None
+    blobs: BlobExchange | None = None
     _over: trio.Event = field(default_factory=trio.Event, init=False)
+
+    @property
+    def ready(self) -> trio.Event:
+        return self.peer.ready
 
     async def run(self, tasks: trio.Nursery) -> None:
         """Train until `leave`. `tasks` outlives the changes of stage."""
@@ -68,6 +68,8 @@ class TrainingLife:
         tasks.start_soon(self._meet)
         if self.archivist is not None:
             tasks.start_soon(self.archivist.run)
+        if self.blobs is not None:
+            await tasks.start(self.blobs.run)
         try:
             await self.peer.run(self.known)
         finally:
@@ -92,60 +94,38 @@ class TrainingLife:
             await trio.sleep(REFRESH_S if trio.current_time() > calm_s else HURRY_S)
 
 
-async def make_life(
-    config: NodeConfig,
-    recipe: Recipe,
-    founded: FoundedRun | None,
-    station: Station,
-    announcer: Announcer,
-    placing: Placing,
-    say: Say,
-) -> TrainingLife:
-    """Everything that a node needs to train in the run of `station`'s model.
+async def make_life(ground: Ground) -> Life:
+    """What the recipe's method wants of a node. Raises ConfigError for what cannot be."""
+    if isinstance(ground.recipe.method, ExactOptions) or ground.plan.n_stages > 1:
+        return await _make_training_life(ground)
+    if isinstance(ground.recipe.method, ZerothOptions):
+        return await make_zeroth_life(ground)
+    return await make_replica_life(ground)
 
-    Raises ConfigError for text that is not the run's, or a stage that does not fit into memory.
-    """
-    model, event = station.model, station.event
-    plan = await _blocking(partial(plan_of, recipe, model.swarm, model.directory))
-    dataset = (
-        founded.dataset if founded is not None else await _blocking(partial(_dataset, config, recipe, model.directory))
-    )
-    load: Load | None = threaded(dataset) if dataset is not None else None
-    say(f"run {recipe.name}: {plan.n_steps} steps of {plan.step_tokens:,} tokens in {plan.n_stages} stages")
-    say("this node drives microbatches, too" if load else "this node has not the text: it holds a stage for others")
-    folder = metrics_path(config.data_dir, model.swarm).parent
-    place = CheckpointPlace(
-        config.checkpoints or folder / "checkpoints",
-        model.directory,
-        model.swarm,
-        hashlib.sha256(canonical(recipe).encode()).digest(),
-        recipe.checkpoint.keep,
-    )
-    view = await placing.look()
 
-    async def fetch(start: int, end: int) -> None:
-        await placing.fetch(await placing.watch.view(), start, end)
-
-    kept_bytes = _kept_bytes(plan, recipe, model.info.hidden_size)
-    memory_bytes = _left_bytes(config, kept_bytes)
-    workshop = TorchWorkshop(station, announcer, plan, recipe, place, memory_bytes, fetch, event)
-    terms = Terms(recipe.border.codec, recipe.optimizer.clip, model.info.vocab_size, kept_bytes)
+async def _make_training_life(ground: Ground) -> TrainingLife:
+    recipe, plan, station, say = ground.recipe, ground.plan, ground.station, ground.say
+    workshop, transport = ground.workshop, station.network.transport
+    drives = ground.load is not None
+    say("this node drives microbatches, too" if drives else "this node has not the text: it holds a stage for others")
+    view = await ground.placing.look()
+    terms = Terms(recipe.border.codec, recipe.optimizer.clip, station.model.info.vocab_size, ground.kept_bytes)
     peer = TrainingPeer(
-        station.network.transport,
+        transport,
         plan,
         terms,
         workshop,
         station.compute,
-        event,
+        station.event,
         Random(),
-        load,
-        _fixed_stage(config, plan),
+        ground.load,
+        _fixed_stage(ground.config, plan),
         hashing=DeviceCompute("hashing"),
     )
     reporter = StepReporter(
         plan,
         peer.members,
-        MetricsFile(metrics_path(config.data_dir, model.swarm)),
+        MetricsFile(ground.metrics),
         lambda version: learning_rate(recipe.schedule, recipe.optimizer.learning_rate, version, plan.n_steps),
         say,
     )
@@ -162,36 +142,66 @@ async def make_life(
     others = view.without({peer.me}).peers.values()
     for other in others:
         peer.meet(PeerAddress(other.peer, other.addresses))
-    transport = station.network.transport
     # Who founds a run keeps it: without a whole checkpoint anywhere it could not be taken up again.
-    keeps = config.checkpoints is not None or founded is not None
-    archivist = Archivist(transport, peer.members, workshop, event) if keeps else None
-    return TrainingLife(peer, workshop, reporter, placing.watch, len(others), archivist)
+    keeps = ground.config.checkpoints is not None or ground.founds
+    archivist = Archivist(transport, peer.members, workshop, station.event) if keeps else None
+    life = TrainingLife(peer, workshop, reporter, ground.placing.watch, len(others), archivist)
+    if isinstance(recipe.method, DataParallelOptions):
+        life.blobs = await _join_rounds(ground, peer, recipe.method)
+    return life
 
 
-def recipe_of(model: Model) -> Recipe | None:
-    """The recipe that the swarm's manifest carries, or None if it is no training run.
+async def _join_rounds(ground: Ground, peer: TrainingPeer, method: DataParallelOptions) -> BlobExchange:
+    """Sums come out of rounds; what has to run for that beside the peer."""
+    recipe, plan, station = ground.recipe, ground.plan, ground.station
+    network, event = station.network, station.event
 
-    A model directory may hold a recipe for other reasons; what counts is what the founder signed.
+    def all_layouts() -> list[Layout]:
+        stages = (ground.workshop.layout(index) for index in range(plan.n_stages))
+        return [Layout(tuple(tensor.shape for tensor in stage.tensors)) for stage in stages]
+
+    layouts = await trio.to_thread.run_sync(all_layouts)
+    terms = _stage_terms(recipe.round, method, layouts)
+    reducer = StageReducer(layouts, terms, plan.n_microbatches)
+    blobs = BlobExchange(network.transport, event=event)
+    door = RoundDoor(network.transport)
+    ports = GroupPorts(door, blobs, network.identity, station.compute, DeviceCompute("disk"), event)
+    place = GroupPlace(plan.run, SCOPE, terms, station.model.manifest.founder)
+    group = await make_group(place, ports, reducer, ground.metrics.parent / "group")
+    lie = _play(ground.config.liar, ground.say)
+    peer.use_rounds(RoundSums(plan, group, reducer, station.compute, event, recipe.round.peers, lie))
+    return blobs
+
+
+def _stage_terms(part: RoundPart, method: DataParallelOptions, layouts: Sequence[Layout]) -> GroupTerms:
+    """What a recipe says of rounds, for the vectors of all stages: as long as the longest.
+
+    `part.peers` is for the first step alone: a group that pauses whenever it is smaller would stop for one peer that
+    has gone. Raises ConfigError, one line, for a codec that there is not.
     """
-    if all(file.name != RECIPE_FILE for file in model.manifest.files):
+    make_codec(method.codec)
+    make_codec(method.result_codec)
+    return GroupTerms(
+        max(layout.n_elements for layout in layouts),
+        rule=part.rule or (DEFAULT_RULE if part.liars else "mean"),
+        codec=method.codec,
+        result_codec=method.result_codec,
+        liars=part.liars,
+        aggregators=part.aggregators,
+        open=part.open,
+        contributors=part.contributors,
+        absences=part.absences,
+        audits=part.audits,
+        patience_s=part.patience_s,
+        longest_grace_s=part.patience_s / 2,
+    )
+
+
+def _play(liar: str, say: Say) -> StageTwist | None:
+    if not liar:
         return None
-    return read_recipe(model.directory / RECIPE_FILE)
-
-
-def _dataset(config: NodeConfig, recipe: Recipe, model: Path) -> TokenDataset | None:
-    """The run's samples, if this machine has the text: it is told where by a recipe, or every Python has it."""
-    cache_dir = config.data_dir / "cache"
-    if config.recipe is not None:
-        local = read_recipe(config.recipe).data
-        data = msgspec.structs.replace(recipe.data, kind=local.kind, files=local.files, field=local.field)
-        return open_dataset(msgspec.structs.replace(recipe, data=data), model, config.recipe.parent, cache_dir)
-    if recipe.data.kind == "python-topics":
-        try:
-            return open_dataset(recipe, model, Path(), cache_dir)
-        except ConfigError:
-            return None  # another Python has other topics
-    return None
+    say(f"this node lies on purpose: {liar}")
+    return play(liar)
 
 
 def _diverged(version: int, reason: str, whole: int) -> str:
@@ -210,24 +220,3 @@ def _fixed_stage(config: NodeConfig, plan: RunPlan) -> int | None:
         spans = ", ".join(f"{start}:{end}" for start, end in plan.spans)
         raise ConfigError(f"blocks {config.blocks[0]}:{config.blocks[1]} are no stage of this run: {spans}")
     return plan.spans.index(config.blocks)
-
-
-def _kept_bytes(plan: RunPlan, recipe: Recipe, hidden_size: int) -> int:
-    """What a stage keeps of all microbatches of a step, should it be alone: less, and the step could not be made."""
-    shape = (plan.n_sequences, plan.n_tokens, border_width(recipe.border, hidden_size))
-    one_bytes = 4 * border_bytes(shape, recipe.border.codec) + 4 * plan.n_sequences * (plan.n_tokens + 1)
-    return plan.n_microbatches * (one_bytes + plan.n_stages * SAID_BYTES)
-
-
-def _left_bytes(config: NodeConfig, kept_bytes: int) -> int:
-    """What is left for the stage itself. Raises ConfigError, before anything large is made, for a huge recipe."""
-    may_bytes = config.memory_bytes or int(psutil.virtual_memory().available * MEMORY_SHARE)
-    if kept_bytes >= may_bytes:
-        raise ConfigError(
-            f"not enough memory: the microbatches of one step take {show_bytes(kept_bytes)}, {show_bytes(may_bytes)} "
-            "may be used (step.batch_tokens and data.sequence in the run's recipe say how many and how long they are)"
-        )
-    return may_bytes - kept_bytes
-
-
-_blocking = trio.to_thread.run_sync

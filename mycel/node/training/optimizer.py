@@ -108,6 +108,10 @@ class FlatState:
         self._optimizer.zero_grad(set_to_none=True)
         self._version += 1
 
+    def begin_at(self, version: int) -> None:
+        """The next step has the learning rate of the one after `version`; parameters and moments stay."""
+        self._version = version
+
     def params_digest(self) -> bytes:
         """SHA-256 of the parameters' bytes."""
         return hashlib.sha256(_bytes_of(self._params_P)).digest()

@@ -22,6 +22,7 @@ from mycel.node.events import EventSink
 from mycel.node.training.gossip import Gossip
 from mycel.node.training.ledger import Ledger
 from mycel.node.training.reducing import Reducer
+from mycel.node.training.round_sums import RoundSums
 from mycel.node.training.stage_service import StageService
 from mycel.node.training.state_service import StateService
 from mycel.node.training.state_source import StateSource
@@ -108,6 +109,8 @@ class TrainingPeer:
     on_diverged: Callable[[int, str], None] = lambda _version, _reason: None
     ready: trio.Event = field(default_factory=trio.Event)
     bell: Bell = field(default_factory=Bell, init=False)
+    # Where sums come from in a run that does not sum exactly.
+    rounds: RoundSums | None = field(default=None, init=False)
     members: Members = field(init=False)
     gossip: Gossip = field(init=False)
     _tenure: _Tenure | None = field(default=None, init=False)
@@ -143,9 +146,16 @@ class TrainingPeer:
 
     # ---- for the rest of the node
 
+    def use_rounds(self, rounds: RoundSums) -> None:
+        """Sums come out of these. Before `run`."""
+        self.rounds = rounds
+        rounds.attach(self.members, self.bell, self.describe)
+
     def meet(self, address: PeerAddress) -> None:
         """There is somebody who may train with us."""
         self.gossip.meet(address)
+        if self.rounds is not None:
+            self.rounds.meet(address)
 
     async def leave(self) -> None:
         """Finish the step and go; `run` then returns."""
@@ -157,6 +167,8 @@ class TrainingPeer:
         """Hold a stage, and another after each move, until `leave`. `known` peers are listened for before choosing."""
         async with background() as tasks:
             tasks.start_soon(self.gossip.run)
+            if self.rounds is not None:
+                await tasks.start(self.rounds.run)
             self._stage = self.fixed or 0
             await self._listen(known)
             if self.fixed is None:
@@ -165,6 +177,8 @@ class TrainingPeer:
                 if (target := await self._hold(self._stage)) is None:
                     break
                 self._stage, self._moving_to = target, -1
+            if self.rounds is not None:
+                await self.rounds.leave()
 
     def describe(self) -> StageStatus:
         """This peer's status as of now."""
@@ -180,10 +194,16 @@ class TrainingPeer:
             sequences_per_s=min(service.sequences_per_s, MAX_FIGURE) if service is not None else 0.0,
             kept=min(self.workshop.kept, self.plan.n_steps),
             whole=min(self.workshop.whole, self.plan.n_steps),
-            sent_bytes=self._sent_before + (self._tenure.sent_bytes if self._tenure is not None else 0),
+            sent_bytes=self._sent_bytes,
             moving_to=self._moving_to,
             addresses=self.transport.addresses[:8],
         )
+
+    @property
+    def _sent_bytes(self) -> int:
+        now = self._tenure.sent_bytes if self._tenure is not None else 0
+        rounds = self.rounds.sent_bytes if self.rounds is not None else 0
+        return self._sent_before + now + rounds
 
     # ---- which stage
 
@@ -237,6 +257,8 @@ class TrainingPeer:
         finally:
             self._sent_before += tenure.sent_bytes
             self._tenure = None
+            if self.rounds is not None:
+                self.rounds.let_go()
             with trio.CancelScope(shield=True):
                 await self.workshop.close(holding)
         return self._moving_to if self._moving_to >= 0 and not self._leaving.is_set() else None
@@ -274,8 +296,19 @@ class TrainingPeer:
             always=self.workshop.is_due,
         )
         reducer = Reducer(
-            self.me, index, ledger, self.compute, table, client, self.bell, holding.tied_end, counts_tied=index == 0
+            self.me,
+            index,
+            ledger,
+            self.compute,
+            table,
+            client,
+            self.bell,
+            holding.tied_end,
+            counts_tied=index == 0,
+            rounds=self.rounds,
         )
+        if self.rounds is not None:
+            self.rounds.hold(index, ledger, table)
         source = StateSource(
             self.transport,
             plan,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mycel.node.training.ledger import Ledger
+from mycel.node.training.round_sums import RoundSums
 from mycel.node.training.sum_table import FinalSum, SumTable, digest, sum_of_squares
 from mycel.node.training.sums import SumClient, all_of, own_partial, pieces
 from mycel.protocols.errors import PeerError, PeerRefused, VerificationError
@@ -22,9 +23,11 @@ from mycel.protocols.ports import Compute
 from mycel.protocols.training import Reduced
 from mycel.swarm.training.actions import (
     AddTied,
+    Contribute,
     Range,
     Reduce,
     Seal,
+    TakeResult,
     TakeShards,
     TakeSum,
 )
@@ -33,7 +36,7 @@ from mycel.swarm.training.lattice import to_float
 
 __all__ = ["Pull", "Reducer", "TiedEnd"]
 
-Pull = Reduce | TakeShards | AddTied | Seal | TakeSum
+Pull = Reduce | TakeShards | Contribute | TakeResult | AddTied | Seal | TakeSum
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,8 @@ class TiedEnd:
 class Reducer:
     """For the stage that `table` is of. `tied_end` is set exactly if `table.tied` is.
 
-    `counts_tied`: whether the norm of this stage's gradient has the tied table in it; one end alone has.
+    `counts_tied`: whether the norm of this stage's gradient has the tied table in it; one end alone has. `rounds`:
+    where sums come from in a run that does not sum exactly.
     """
 
     me: str
@@ -60,6 +64,7 @@ class Reducer:
     bell: Bell
     tied_end: TiedEnd | None = None
     counts_tied: bool = True
+    rounds: RoundSums | None = None
     # What the step was multiplied with, as whoever gave us its sum said.
     scale: float = field(default=0.0, init=False)
 
@@ -71,6 +76,12 @@ class Reducer:
                     await self._reduce(pull, low, high)
             case TakeShards():
                 await all_of([partial(self._take_shard, *share) for share in pull.shares])
+            case Contribute():
+                assert self.rounds is not None, "decided from what they say"
+                await self.rounds.contribute(pull)
+            case TakeResult():
+                assert self.rounds is not None, "decided from what they say"
+                await self.rounds.take()
             case Seal():
                 await self._seal(self.table.own_sum(), None, self.table.loss or 0.0)
             case AddTied():

@@ -41,7 +41,7 @@ from mycel.swarm.training.members import Members
 from mycel.swarm.training.numbers import to_bytes
 from mycel.swarm.training.plan import RunPlan
 from mycel.swarm.training.progress import mean_loss
-from mycel.swarm.training.step import Facts, decide, is_stranded
+from mycel.swarm.training.step import Facts, decide, is_stranded, lacks_sum
 
 __all__ = ["FetchState", "StageWork", "StepDone", "Stepper"]
 
@@ -143,6 +143,7 @@ class Stepper:
     _looked: int = field(default=0, init=False)
     _began_s: float = field(default=0.0, init=False)
     _stranded_s: float | None = field(default=None, init=False)
+    _lacks_s: float | None = field(default=None, init=False)
     _fruitless: int = field(default=0, init=False)
     _calm_until_s: float = field(default=0.0, init=False)
     _leaves_at: int | None = field(default=None, init=False)
@@ -264,13 +265,15 @@ class Stepper:
             scale=self.reducer.scale,
             failed=frozenset(peer for peer, strikes in self._strikes.items() if strikes >= GIVE_UP),
             helpless=self._failures >= HELPLESS,
+            round=None if self.reducer.rounds is None else self.reducer.rounds.facts,
         )
-        if not is_stranded(self.plan, self.members, facts):
-            self._stranded_s = None
-            return facts
         now = trio.current_time()
-        self._stranded_s = now if self._stranded_s is None else self._stranded_s
-        return replace(facts, stranded_s=now - self._stranded_s)
+        self._stranded_s = _since(self._stranded_s, now, is_so=is_stranded(self.plan, self.members, facts))
+        self._lacks_s = _since(
+            self._lacks_s, now, is_so=facts.round is not None and lacks_sum(self.plan, self.members, facts)
+        )
+        stranded_s, lacks_s = (0.0 if at_s is None else now - at_s for at_s in (self._stranded_s, self._lacks_s))
+        return replace(facts, stranded_s=stranded_s, lacks_s=lacks_s)
 
     async def _rest(self, seen: int, longest_s: float) -> None:
         with trio.move_on_after(longest_s):
@@ -336,7 +339,7 @@ class Stepper:
         self._begin(version + 1, params)
         self.table.advance(version + 1)
         # Who leaves computes nothing more: nobody may draw it for the next step.
-        self.state = "observing" if self.state == "leaving" else "training"
+        self.state = "observing" if self.state == "leaving" else self._trains
         done = StepDone(
             version + 1,
             loss,
@@ -355,6 +358,12 @@ class Stepper:
             await hook(version + 1)
         self.work.advance(version + 1)
         self.bell.ring()
+
+    @property
+    def _trains(self) -> StageState:
+        """What a peer is that has made a step: who is no certified member of the run's rounds counts nothing."""
+        rounds = self.reducer.rounds
+        return "training" if rounds is None or rounds.facts.may_compute else "observing"
 
     def _begin(self, version: int, params: bytes) -> None:
         self.version, self.params, self._made_counted = version, params, None
@@ -383,7 +392,7 @@ class Stepper:
                 self._calm_down(status, {member.peer for member in mates})
             return
         self._fruitless = 0
-        await self._adopt("training" if version is not None and before == "training" else "observing")
+        await self._adopt(self._trains if version is not None and before == "training" else "observing")
 
     async def _is_intact(self) -> bool:
         """Whether the state that was to be replaced is here still, whole."""
@@ -418,6 +427,13 @@ class Stepper:
         self._began_s = trio.current_time()
         self.work.advance(version)
         self._become(state)
+
+
+def _since(before: float | None, now: float, *, is_so: bool) -> float | None:
+    """Since when something has been so; None while it is not."""
+    if not is_so:
+        return None
+    return now if before is None else before
 
 
 def _aim(action: Action) -> object:

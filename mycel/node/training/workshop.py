@@ -62,6 +62,8 @@ class TorchWorkshop:
     event: EventSink
     _checkpointer: Checkpointer | None = field(default=None, init=False)
     _writing: trio.CancelScope = field(default_factory=trio.CancelScope, init=False)
+    # Steps between two states that a checkpoint could be of.
+    stride: int = 1
     # Set by whoever runs the node: where background work belongs.
     tasks: trio.Nursery | None = None
 
@@ -179,7 +181,7 @@ class TorchWorkshop:
         return data, await on_thread(lambda _: hashlib.sha256(data[: 4 * layout.n_elements]).digest())
 
     def is_due(self, version: int) -> bool:
-        return is_due(self.recipe.checkpoint, version, self.plan.n_steps)
+        return is_due(self.recipe.checkpoint, version, self.plan.n_steps, self.stride)
 
     def _reset(self, index: int, state: FlatState) -> None:
         """Back to the weights that the run began with."""

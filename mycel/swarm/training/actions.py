@@ -12,6 +12,7 @@ __all__ = [
     "AddTied",
     "Begin",
     "Commit",
+    "Contribute",
     "Decision",
     "Finished",
     "Range",
@@ -19,6 +20,7 @@ __all__ = [
     "Restore",
     "Resync",
     "Seal",
+    "TakeResult",
     "TakeShards",
     "TakeSum",
     "Uncount",
@@ -58,6 +60,19 @@ class TakeShards:
     """Take these ranges of the stage's own sum from the peers that sum them up."""
 
     shares: tuple[tuple[str, tuple[Range, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contribute:
+    """Offer the gradients of the numbers that this peer has counted to round `number`; `sources` as in Reduce."""
+
+    number: int
+    sources: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakeResult:
+    """The stage's own sum is what a round has brought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +121,22 @@ class Finished:
     """All steps are made."""
 
 
-Action = Wait | Begin | Uncount | Reduce | TakeShards | AddTied | Seal | TakeSum | Commit | Resync | Restore | Finished
+Action = (
+    Wait
+    | Begin
+    | Uncount
+    | Reduce
+    | TakeShards
+    | Contribute
+    | TakeResult
+    | AddTied
+    | Seal
+    | TakeSum
+    | Commit
+    | Resync
+    | Restore
+    | Finished
+)
 
 
 @dataclass(frozen=True, slots=True)

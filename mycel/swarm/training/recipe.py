@@ -19,7 +19,8 @@ from msgspec import Meta, Struct
 
 from mycel.protocols.errors import ConfigError, one_line
 from mycel.protocols.training import MAX_MICROBATCHES
-from mycel.swarm.methods.options import MethodOptions
+from mycel.swarm.methods.options import DataParallelOptions, MethodOptions
+from mycel.swarm.zeroth.options import ZerothOptions
 
 __all__ = [
     "BorderPart",
@@ -125,7 +126,7 @@ class ExactOptions(Struct, frozen=True, forbid_unknown_fields=True, tag_field="n
     """Each step's gradients are summed as integers: trusts everybody, sends everything, and needs no rounds."""
 
 
-MethodPart = ExactOptions | MethodOptions
+MethodPart = ExactOptions | MethodOptions | ZerothOptions
 
 
 class RoundPart(Struct, frozen=True, forbid_unknown_fields=True):
@@ -141,7 +142,7 @@ class RoundPart(Struct, frozen=True, forbid_unknown_fields=True):
     aggregators: Annotated[int, Meta(ge=0, le=15)] = 3
     open: bool = True
     peers: Annotated[int, Meta(ge=1, le=256)] = 1
-    contributors: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.67
+    contributors: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.66
     absences: Annotated[int, Meta(ge=1, le=1000)] = 3
     audits: Annotated[int, Meta(ge=0, le=256)] = 1
     patience_s: Annotated[float, Meta(ge=0.1, le=1e6)] = 60.0
@@ -215,10 +216,23 @@ def _flaws(recipe: Recipe) -> Iterator[str]:
         yield "optimizer.betas: both must be less than 1"
     if recipe.optimizer.momentum >= 1.0:
         yield "optimizer.momentum: must be less than 1"
-    if recipe.stages > 1 and not isinstance(recipe.method, ExactOptions):
-        yield "stages: in a run of rounds every node holds the whole model: stages = 1"
+    if recipe.stages > 1:
+        yield from _stage_flaws(recipe.method)
     if not recipe.model.path:
         yield 'model.path: must name a model directory, or "demo"'
+
+
+def _stage_flaws(method: MethodPart) -> Iterator[str]:
+    """What the peers of a pipeline's stages can share in rounds: each step's gradient, and nothing else yet."""
+    if isinstance(method, ExactOptions):
+        return
+    if not isinstance(method, DataParallelOptions):
+        name = method.__struct_config__.tag
+        yield f'method.name: with stages > 1 it must be "exact" or "data-parallel", not "{name}"; or stages = 1'
+        return
+    for key in DataParallelOptions.__struct_fields__:
+        if key not in ("codec", "result_codec") and getattr(method, key) != getattr(DataParallelOptions(), key):
+            yield f"method.{key}: with stages > 1 every step is shared and [optimizer] makes it: leave this out"
 
 
 def _length_flaws(recipe: Recipe) -> Iterator[str]:

@@ -7,6 +7,8 @@ that could not have made it otherwise has made it.
     count -> take back what another counted, too -> sum up a shard -> take the others' -> add the tied table's
     other share -> all have theirs? -> step
 
+In a run of rounds nobody sums up: who has counted offers its part to the round, and what that brings is the sum.
+
 The doing is `mycel/node/training/stepping.py`.
 
 Ring: pure.
@@ -25,6 +27,7 @@ from mycel.swarm.training.actions import (
     AddTied,
     Begin,
     Commit,
+    Contribute,
     Decision,
     Finished,
     Range,
@@ -32,6 +35,7 @@ from mycel.swarm.training.actions import (
     Restore,
     Resync,
     Seal,
+    TakeResult,
     TakeShards,
     TakeSum,
     Uncount,
@@ -43,14 +47,32 @@ from mycel.swarm.training.plan import RunPlan, shards
 __all__ = [
     "RESTORE_AFTER_S",
     "Facts",
+    "RoundFacts",
     "are_enough",
     "decide",
     "is_stranded",
+    "lacks_sum",
     "uncovered",
 ]
 
 # Who is ahead of what the run can go on from goes back, once that has been so for as long: not while peers come in.
 RESTORE_AFTER_S = 10.0
+# In a run of rounds: who lacks a sum that others have waits so long for the round to bring it, then takes theirs.
+ROUND_GRACE_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoundFacts:
+    """What this peer knows of the group in which all peers of the run make their rounds.
+
+    `number` is the round in hand, `has_offered`: to it. `may_compute`: this peer is a certified member, and so are as
+    many as the run begins with. `made`: of each stage the step of which a round has brought the sum last, -1 for none.
+    """
+
+    number: int
+    may_compute: bool
+    has_offered: bool
+    made: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +82,8 @@ class Facts:
     `covered`: elements of the stage's own sum that are here, disjoint and in order. `tied_to`: the stage at the other
     end of a tied table. `scale`: that of the step `status.version`, if somebody who made it said it, else 0. `failed`:
     who did not give what was asked for in this step; `helpless`: that nobody has for long. `stranded_s`: for how long
-    `is_stranded` has been true.
+    `is_stranded` has been true, `lacks_s`: for how long others of the stage have had the sum that this peer lacks.
+    `round` is None in a run that sums exactly.
     """
 
     status: StageStatus
@@ -71,6 +94,8 @@ class Facts:
     failed: frozenset[str] = frozenset()
     helpless: bool = False
     stranded_s: float = 0.0
+    lacks_s: float = 0.0
+    round: RoundFacts | None = None
 
 
 # ---- the picture
@@ -107,6 +132,13 @@ class _View:
     def counting_at(self, stage: int) -> tuple[Member, ...]:
         return tuple(m for m in self.everyone if m.stage == stage and m.version == self.version and _computes(m))
 
+    def union_at(self, stage: int) -> int:
+        """All numbers that somebody has counted there."""
+        union = 0
+        for member in self.counting_at(stage):
+            union |= member.counted
+        return union
+
     @cached_property
     def reach(self) -> tuple[int | None, ...]:
         """Of each stage the most steps that one of its peers has made, or has the sum to make; None: nobody there."""
@@ -128,8 +160,22 @@ class _View:
         others = [m for m in self.everyone if m is not self.me and (_computes(m) or m.version > self.version)]
         return are_enough(sum(m.version > self.version for m in others), len(others))
 
+    @property
+    def is_brought(self) -> bool:
+        """Whether a round has brought the stage's own sum of this step."""
+        return self.facts.round is not None and self.facts.round.made[self.me.stage] == self.version
+
+    @property
+    def waits_for_round(self) -> bool:
+        """Whether others have the sum, and the round is about to bring it in fewer bytes."""
+        if self.facts.round is None or self.own is not None or self.facts.lacks_s >= ROUND_GRACE_S:
+            return False
+        return any(_sum_of(m, self.version) is not None for m in self.mates)
+
     def holders(self) -> tuple[Member, ...]:
         """Mates with the sum to apply at this version, those that have failed us last, and only if it is made."""
+        if self.waits_for_round:
+            return ()
         holders = [m for m in self.mates if _sum_of(m, self.version) is not None]
         if not self.is_made:  # else it can come together without them
             holders = [m for m in holders if m.peer not in self.facts.failed]
@@ -189,6 +235,12 @@ def decide(plan: RunPlan, members: Members, facts: Facts, clip: float) -> Decisi
     raise AssertionError("the last rule always decides")
 
 
+def lacks_sum(plan: RunPlan, members: Members, facts: Facts) -> bool:
+    """Whether others of the stage have the sum of the step, and this peer has not."""
+    view = _view(plan, members, facts, 0.0)
+    return view.own is None and any(_sum_of(m, view.version) is not None for m in view.mates)
+
+
 def is_stranded(plan: RunPlan, members: Members, facts: Facts) -> bool:
     """Whether this peer is ahead of all that the run can come to: a stage has lost the steps in between."""
     view = _view(plan, members, facts, 0.0)
@@ -243,6 +295,15 @@ def _finish(view: _View) -> Decision | None:
     return Decision(Finished(), f"all {view.plan.n_steps} steps are made")
 
 
+def _take_round(view: _View) -> Decision | None:
+    """What a round has brought is the sum, whoever has come or gone since."""
+    if view.own is not None or not view.is_brought:
+        return None
+    if uncovered(view.facts.covered, 0, view.facts.n_elements):
+        return Decision(TakeResult(), "a round has brought the sum")
+    return _complete(view)
+
+
 def _catch_up(view: _View) -> Decision | None:
     """Others of the stage have made the step: it is decided, and what they applied is its sum."""
     limit = math.inf if view.present is None else view.present
@@ -251,8 +312,8 @@ def _catch_up(view: _View) -> Decision | None:
         return None
     if holders := view.holders():
         return _take_sum(view, holders, f"{len(ahead)} of the stage have made the step")
-    if not view.is_made:
-        return None  # a word that nothing bears out
+    if not view.is_made or view.waits_for_round:
+        return None  # a word that nothing bears out, or that the round in hand may
     newest = max(m.version for m in ahead)
     return Decision(Resync(), f"the stage is at version {newest}, and nobody keeps the sum of step {view.version}")
 
@@ -261,13 +322,26 @@ def _observe(view: _View) -> Decision | None:
     if view.me.status.state != "observing":
         return None
     # Also if it has the sum: another stage may still need this one's forward.
-    if not view.counting and None not in view.reach:
-        return Decision(Begin(), f"nobody else computes stage {view.me.stage}")
+    if None not in view.reach and (reason := _may_begin(view)):
+        return Decision(Begin(), reason)
     if view.own is not None:
         return None
     if holders := view.holders():
         return _take_sum(view, holders, "observes, and another has the sum")
     return Decision(Wait(), "observes until the step is made")
+
+
+def _may_begin(view: _View) -> str:
+    """Why an observer computes from now on; "" if it does not."""
+    round_, stage = view.facts.round, view.me.stage
+    if round_ is not None and not round_.may_compute:
+        return ""
+    if not view.counting:
+        return f"nobody else computes stage {stage}"
+    if round_ is not None and not view.union_at(stage) and not view.is_brought:
+        # Whoever were alone in a round could bring anything.
+        return f"nobody has counted anything of stage {stage} yet"
+    return ""
 
 
 def _count(view: _View) -> Decision | None:
@@ -298,6 +372,8 @@ def _sum_up(view: _View) -> Decision | None:
         return None
     facts, failed, holders = view.facts, view.facts.failed, view.holders()
     sources = tuple((m.peer, m.counted) for m in view.counting if m.counted)
+    if facts.round is not None:
+        return _contribute(view, facts.round, sources)
     missing = {
         owner: ranges
         for owner, shard in shards(facts.n_elements, [m.peer for m in view.counting]).items()
@@ -316,6 +392,18 @@ def _sum_up(view: _View) -> Decision | None:
     return Decision(Reduce(lost, sources), "sums up what others did not give")
 
 
+def _contribute(view: _View, round_: RoundFacts, sources: tuple[tuple[str, int], ...]) -> Decision:
+    """All stages at once, since a round does not wait long for the last ones: each peer what it has counted."""
+    for stage in range(view.plan.n_stages):
+        if round_.made[stage] != view.version and view.union_at(stage) != view.plan.everything:
+            return Decision(Wait(), f"stage {stage} still counts, and all offer their parts to one round")
+    if not round_.may_compute:
+        return Decision(Wait(), "is no member of the run's rounds")
+    if round_.has_offered:
+        return Decision(Wait(), f"round {round_.number} brings the sum")
+    return Decision(Contribute(round_.number, sources), "everything is counted once: offers its part to the round")
+
+
 def _complete(view: _View) -> Decision | None:
     """All of the stage's own sum is here; a tied table needs the share of the other end."""
     if view.own is not None:
@@ -324,11 +412,11 @@ def _complete(view: _View) -> Decision | None:
     if other is None:
         return Decision(Seal(), "the sum is whole")
     there = [m for m in view.everyone if m.stage == other]
-    union = 0
-    for member in view.counting_at(other):
-        union |= member.counted
     holding = [m for m in there if _sum_of(m, view.version) is not None]
-    summing = [m for m in view.counting_at(other) if m not in holding] if union == view.plan.everything else []
+    is_there = view.union_at(other) == view.plan.everything
+    if view.facts.round is not None:
+        is_there = view.facts.round.made[other] == view.version
+    summing = [m for m in view.counting_at(other) if m not in holding] if is_there else []
     if not holding and not summing:
         return Decision(Wait(), f"stage {other}, which shares the table, still counts")
     first = sorted((*holding, *summing), key=lambda m: (m.peer in view.facts.failed, m in summing, m.peer))
@@ -385,6 +473,9 @@ def _step(view: _View) -> Decision:
         return Decision(Commit(scale, norm), reason)
     if makers := tuple(m for m in view.holders() if m.version > version):
         return _take_sum(view, makers, "asks those who made the step how much of the sum they applied")
+    if not any(m.version > version for m in view.mates):
+        # Nobody has another state of this stage: those ahead come back to it.
+        return Decision(Wait(), f"others are ahead, and nobody of stage {view.me.stage} is with them")
     return Decision(Resync(), "others are too far ahead to say how the step was made")
 
 
@@ -414,6 +505,7 @@ _RULES: tuple[Callable[[_View], Decision | None], ...] = (
     _mend,
     _go_back,
     _finish,
+    _take_round,
     _catch_up,
     _observe,
     _count,

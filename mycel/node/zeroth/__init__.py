@@ -1,0 +1,1 @@
+"""Training with one byte per update on a real network."""
